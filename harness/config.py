@@ -1,0 +1,636 @@
+"""The whole schema: what a workload, a study, a trial and a cluster file may say.
+
+Frozen pydantic models, unknown keys refused, units and constraints at the field. Nothing here imports torch:
+every mistake must be found on the login node, in milliseconds, with the dotted key, the value, the constraint
+and a value that would work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from harness import schedule
+
+SCHEMA_VERSION = 1
+"""Part of every trial id. Raise it only when the same resolved config comes to mean another result."""
+
+ModelName = Literal["mnist5k_cnn", "resnet18", "resnet50"]
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class BadInput(ValueError):
+    """What a user wrote cannot be done. One line a mistake; the command line prints it and exits 2."""
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80, examples=["AdamWR"])]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# ------------------------------------------------------------------------------------------------ workload
+
+
+class Data(Frozen):
+    """One data set as WebDataset shards; the counts stand here so that plans need no data."""
+
+    name: Name = Field(description="identity of the data set; part of the trial id", examples=["mnist5k"])
+    path: Path = Field(description="folder of the shards and their index", examples=["data/mnist5k"])
+    num_classes: Whole = Field(ge=2, examples=[10])
+    image_size: Whole = Field(ge=8, description="height and width fed to the model, pixels", examples=[28])
+    channels: Literal[1, 3] = Field(3, examples=[3])
+    train_samples: Whole = Field(ge=1, description="samples in the train shards, holdout included", examples=[4000])
+    holdout_samples: Whole = Field(
+        ge=0, description="of those, kept out of training for every decision; 0: none", examples=[500]
+    )
+    val_samples: Whole = Field(ge=1, description="samples of the reported split; nothing is decided on it", examples=[1000])
+    mean: tuple[Number, ...] = Field(description="per channel, of pixels scaled to 0-1", examples=[[0.131]])
+    std: tuple[Annotated[Number, Field(gt=0)], ...] = Field(description="per channel, as mean", examples=[[0.308]])
+    on_corrupt: Literal["raise", "substitute"] = Field(
+        "raise", description="a sample that fails crc, decoding or label range: stop, or a counted, reported substitute"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.holdout_samples >= self.train_samples:
+            raise ValueError(
+                f"holdout_samples {self.holdout_samples} must be below train_samples {self.train_samples}; "
+                f"e.g. {self.train_samples // 10}"
+            )
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(f"{key} must have {self.channels} value(s), one a channel")
+        return self
+
+    @property
+    def trained_samples(self) -> int:
+        """B of the paper: samples trained on (the holdout is not)."""
+        return self.train_samples - self.holdout_samples
+
+
+class Model(Frozen):
+    name: ModelName = Field(examples=["mnist5k_cnn"])
+
+
+class Recipe(Frozen):
+    """What defines the result and is neither optimizer, decay, schedule nor budget."""
+
+    label_smoothing: Number = Field(0.0, ge=0, lt=1, description="in the trained loss only, never in a reported one", examples=[0.1])
+    translate: Whole = Field(0, ge=0, le=64, description="random shift of each training image, +- pixels, zero filled", examples=[2])
+    flip: bool = Field(False, description="random horizontal flip of each training image")
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        "fp32", description="bf16: autocast over fp32 weights; fp64: for checks of the numerics"
+    )
+
+
+class Budget(Frozen):
+    epochs: Number = Field(gt=0, description="passes over the samples trained on", examples=[7])
+    global_batch_size: Whole = Field(ge=1, description="samples an optimizer step, over all ranks", examples=[100])
+
+
+class Evaluation(Frozen):
+    """Holdout and validation are evaluated at every cycle end, and also on this schedule."""
+
+    every_epochs: Number | None = Field(None, gt=0, description="also evaluate every so many epochs; null: cycle ends only", examples=[1])
+    batch_size: Whole = Field(500, ge=1, description="samples a forward pass on one rank", examples=[500])
+    train_eval_samples: Whole = Field(
+        500, ge=1, description="size of the fixed clean training subset behind train_eval/loss", examples=[500]
+    )
+    log_every_steps: Whole = Field(10, ge=1, description="optimizer steps between two train/loss points", examples=[10])
+
+
+class Checkpoint(Frozen):
+    every_epochs: Number = Field(1.0, gt=0, description="beside cycle ends and the end", examples=[1])
+    keep: Whole = Field(2, ge=1, description="newest checkpoints kept", examples=[2])
+
+
+class Workload(Frozen):
+    name: Name = Field(examples=["mnist5k_cnn"])
+    data: Data
+    model: Model
+    recipe: Recipe = Recipe()
+
+
+class WorkloadFile(Workload):
+    """configs/workload/NAME.yaml: the workload and the defaults that a study may override."""
+
+    budget: Budget
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+
+
+# --------------------------------------------------------------------------- optimizer x decay x schedule
+
+Lr = Annotated[Number, Field(gt=0, description="alpha, the base learning rate", examples=[0.001])]
+Beta = Annotated[Number, Field(ge=0, lt=1, examples=[0.9])]
+
+
+class Sgd(Frozen):
+    name: Literal["sgd"]
+    lr: Lr
+    momentum: Beta = 0.9
+    lr_in_buffer: bool = Field(
+        False,
+        description="false: buf = momentum*buf + g; theta -= lr*buf (torch, the released code). "
+        "true: buf = momentum*buf + lr*g; theta -= buf (as printed in Algorithm 1)",
+    )
+
+
+class Adam(Frozen):
+    name: Literal["adam"]
+    lr: Lr
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), examples=[[0.9, 0.999]])
+    eps: Number = Field(1e-8, gt=0, examples=[1e-8])
+
+
+class NoDecay(Frozen):
+    name: Literal["none"]
+
+
+class L2(Frozen):
+    """g = grad + weight_decay*theta: the decay passes through momentum and preconditioner."""
+
+    name: Literal["l2"]
+    weight_decay: Number = Field(ge=0, description="coefficient of theta in the gradient", examples=[0.0005])
+    exempt_1d: bool = Field(False, description="true: parameters of at most one dimension (norms, biases) do not decay")
+
+
+class Decoupled(Frozen):
+    """theta -= eta*lambda*theta, of the weights before the step (PAPER, Algorithms 1 and 2)."""
+
+    name: Literal["decoupled"]
+    weight_decay: Number = Field(
+        ge=0, description="normalised: lambda_norm, paper units; raw: lambda in `units`", examples=[0.05]
+    )
+    normalised: bool = Field(False, description="lambda_i = weight_decay / sqrt(optimizer steps of the full current cycle)")
+    units: Literal["paper", "torch"] = Field(
+        "paper", description="raw decay only. paper: lambda; torch: lambda / alpha, as torch, timm and DeepSpeed read it"
+    )
+    exempt_1d: bool = Field(False, description="true: parameters of at most one dimension (norms, biases) do not decay")
+
+    @model_validator(mode="after")
+    def _units_mean_something(self) -> Self:
+        if self.normalised and "units" in self.model_fields_set:
+            raise ValueError(
+                f"units: {self.units!r} has no meaning for normalised decay, which is always in paper units; leave units out"
+            )
+        return self
+
+
+class _Warmed(Frozen):
+    warmup_epochs: Number = Field(
+        0.0, ge=0, description="eta *= min(1, (step+1)/warm-up steps); moves no cycle end, scales decoupled decay too", examples=[0.5]
+    )
+
+
+class Constant(_Warmed):
+    name: Literal["constant"]
+
+
+class Step(_Warmed):
+    name: Literal["step"]
+    milestones: tuple[Annotated[Number, Field(gt=0)], ...] = Field(description="epochs at which eta *= gamma", examples=[[30, 60, 80]])
+    gamma: Number = Field(0.1, gt=0, le=1, examples=[0.1])
+
+    @field_validator("milestones")
+    @classmethod
+    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError(f"must ascend; e.g. {sorted(set(value))}")
+        return value
+
+
+EtaMin = Annotated[Number, Field(ge=0, lt=1, description="floor of eta, a share of the base learning rate", examples=[0.0])]
+
+
+class Linear(_Warmed):
+    name: Literal["linear"]
+    eta_min: EtaMin = 0.0
+
+
+class Cosine(_Warmed):
+    name: Literal["cosine"]
+    eta_min: EtaMin = 0.0
+
+
+class CosineRestarts(_Warmed):
+    """SGDR: T_0 = t_0 epochs, T_{i+1} = t_mult*T_i, eta from 1 towards eta_min in every cycle."""
+
+    name: Literal["cosine_restarts"]
+    t_0: Number = Field(gt=0, description="epochs of the first cycle", examples=[1])
+    t_mult: Number = Field(1.0, ge=1, examples=[2])
+    eta_min: EtaMin = 0.0
+
+
+Optimizer = Annotated[Sgd | Adam, Field(discriminator="name")]
+Decay = Annotated[NoDecay | L2 | Decoupled, Field(discriminator="name")]
+Schedule = Annotated[Constant | Step | Linear | Cosine | CosineRestarts, Field(discriminator="name")]
+
+
+# --------------------------------------------------------------------------------------------------- trial
+
+
+class Backend(Frozen):
+    """How the result is computed, never what it is: not part of the trial id."""
+
+    name: Literal["ddp"] = "ddp"
+    zero_stage: Literal[0, 1] = Field(0, description="1: optimizer state sharded over the ranks", examples=[1])
+    micro_batch_size: Whole | None = Field(
+        None, ge=1, description="samples a forward pass on one rank; null: global_batch_size / world size", examples=[50]
+    )
+    timeout_seconds: Whole = Field(
+        45, ge=5, le=3600, description="a collective that waits longer ends the rank: the survivors of a killed rank leave", examples=[45]
+    )
+
+
+class Trial(Frozen):
+    """One resolved config. Its id hashes what defines its result and nothing else."""
+
+    study: Name = "adhoc"
+    arm: Name = "trial"
+    phase: Literal["search", "finalists"] = "search"
+    workload: Workload
+    optimizer: Optimizer
+    decay: Decay
+    schedule: Schedule
+    budget: Budget
+    backend: Backend = Backend()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    seed: Whole = Field(0, ge=0, lt=2**31, examples=[0])
+
+    @model_validator(mode="after")
+    def _steps_exist(self) -> Self:
+        samples, batch = self.workload.data.trained_samples, self.budget.global_batch_size
+        if batch > samples:
+            raise ValueError(
+                f"budget.global_batch_size: {batch} must be at most the {samples} samples trained on; e.g. {min(100, samples)}"
+            )
+        if schedule.total_steps(self) < 1:
+            raise ValueError(
+                f"budget.epochs: {self.budget.epochs:g} is less than one optimizer step; e.g. {1 / schedule.steps_per_epoch(self):.4g}"
+            )
+        schedule.check(self)
+        return self
+
+    @property
+    def trial_id(self) -> str:
+        """12 hex digits of a SHA-256 over the canonical JSON of `identity()`."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def identity(self) -> dict[str, Any]:
+        """What defines the result: defaults omitted, so that a new field with a default changes no id.
+
+        Never the arm's name, the backend, paths or logging; those are recorded per attempt.
+        """
+        data = self.workload.data.model_dump(mode="json", exclude_defaults=True, exclude={"path"})
+        parts = {
+            "data": data,
+            "model": self.workload.model,
+            "recipe": self.workload.recipe,
+            "optimizer": self.optimizer,
+            "decay": self.decay,
+            "schedule": self.schedule,
+            "budget": self.budget,
+        }
+        dumped = {k: v if isinstance(v, dict) else v.model_dump(mode="json", exclude_defaults=True) for k, v in parts.items()}
+        return {"schema": SCHEMA_VERSION, **dumped, "seed": self.seed}
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Samples a forward pass on one rank.
+
+        Raises BadInput when the global batch cannot be split evenly over `world_size` ranks and micro-batches.
+        """
+        batch, micro = self.budget.global_batch_size, self.backend.micro_batch_size
+        if batch % world_size:
+            near = sorted({max(1, batch // world_size), -(-batch // world_size)})
+            raise BadInput(
+                f"budget.global_batch_size: {batch} is not divisible by {world_size} ranks; "
+                f"e.g. {' or '.join(str(n * world_size) for n in near)}"
+            )
+        share = batch // world_size
+        if micro is not None and share % micro:
+            fits = max(d for d in range(1, min(micro, share) + 1) if share % d == 0)
+            raise BadInput(
+                f"backend.micro_batch_size: {micro} does not divide the {share} samples of each of {world_size} rank(s) "
+                f"(budget.global_batch_size {batch}); e.g. {fits}"
+            )
+        return micro or share
+
+
+# --------------------------------------------------------------------------------------------------- study
+
+
+class LogUniform(Frozen):
+    log_uniform: tuple[Annotated[Number, Field(gt=0)], Annotated[Number, Field(gt=0)]] = Field(examples=[[0.0001, 0.01]])
+    num: Whole | None = Field(None, ge=2, description="points along this axis; for sampler grid only", examples=[5])
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _must_ascend("log_uniform", self.log_uniform)
+        return self
+
+    def at(self, u: float) -> float:
+        low, high = map(math.log, self.log_uniform)
+        return float(f"{math.exp(low + u * (high - low)):.6g}")
+
+
+class Uniform(Frozen):
+    uniform: tuple[Number, Number] = Field(examples=[[0.85, 0.95]])
+    num: Whole | None = Field(None, ge=2, description="points along this axis; for sampler grid only", examples=[5])
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _must_ascend("uniform", self.uniform)
+        return self
+
+    def at(self, u: float) -> float:
+        low, high = self.uniform
+        return float(f"{low + u * (high - low):.6g}")
+
+
+class Choice(Frozen):
+    choice: tuple[Any, ...] = Field(min_length=1, examples=[[0.9, 0.95]])
+
+    def at(self, u: float) -> Any:
+        return self.choice[min(int(u * len(self.choice)), len(self.choice) - 1)]
+
+
+def _must_ascend(key: str, pair: tuple[float, float]) -> None:
+    low, high = pair
+    if not low < high:
+        raise ValueError(f"{key}: low {low:g} must be below high {high:g}; e.g. [{min(pair):g}, {max(abs(low), abs(high)) * 10:g}]")
+
+
+def _kind_of_dimension(value: Any) -> str | None:
+    keys = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
+    return next((k for k in ("log_uniform", "uniform", "choice") if k in keys), None)
+
+
+Dimension = Annotated[
+    Annotated[LogUniform, Tag("log_uniform")] | Annotated[Uniform, Tag("uniform")] | Annotated[Choice, Tag("choice")],
+    Discriminator(
+        _kind_of_dimension,
+        custom_error_type="dimension",
+        custom_error_message="must be {log_uniform: [low, high]}, {uniform: [low, high]} or {choice: [...]}",
+    ),
+]
+
+
+class Arm(Frozen):
+    """A named point (or, with `space`, a box) in optimizer x decay x schedule.
+
+    The three blocks are checked as part of each resolved trial, because the space may supply their missing values.
+    """
+
+    optimizer: dict[str, Any] = Field(examples=[{"name": "adam", "lr": 0.001}])
+    decay: dict[str, Any] = Field({"name": "none"}, examples=[{"name": "none"}])
+    schedule: dict[str, Any] = Field(examples=[{"name": "cosine"}])
+    space: dict[
+        Annotated[str, Field(pattern=r"^(optimizer|decay|schedule)\.[a-z_0-9]+$", examples=["optimizer.lr"])], Dimension
+    ] = Field({}, description="dotted key of this arm -> the values it may take")
+
+
+FRESH_SEEDS_FROM = 1000
+
+
+class Search(Frozen):
+    points: Whole | None = Field(None, ge=1, le=100_000, description="configurations an arm; left out for sampler grid", examples=[8])
+    seeds: Annotated[tuple[Whole, ...], BeforeValidator(lambda v: tuple(range(v)) if type(v) is int else v)] = Field(
+        (0,), min_length=1, description="a count (n: 0..n-1) or a list", examples=[1]
+    )
+
+
+class Finalists(Frozen):
+    top: Whole = Field(1, ge=1, description="best configurations of each arm by mean holdout/top1", examples=[1])
+    seeds: Annotated[
+        tuple[Whole, ...],
+        BeforeValidator(lambda v: tuple(range(FRESH_SEEDS_FROM, FRESH_SEEDS_FROM + v)) if type(v) is int else v),
+    ] = Field(min_length=1, description="a count (n: 1000..999+n, fresh ones) or a list", examples=[3])
+
+
+class Sampler(Frozen):
+    name: Literal["sobol", "halton", "grid"] = "sobol"
+    seed: Whole = Field(0, ge=0)
+
+
+class Study(Frozen):
+    """configs/study/NAME.yaml: a workload x named arms x a search space x seeds."""
+
+    name: Name = Field(examples=["demo"])
+    workload: Annotated[dict[str, Any], BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Field(
+        description="name in configs/workload, a path, or {name: ..., KEY: overrides}", examples=["mnist5k_cnn"]
+    )
+    arms: dict[Name, Arm] = Field(min_length=1)
+    search: Search = Search()
+    finalists: Finalists | None = None
+    sampler: Sampler = Sampler()
+    ranks: Whole | None = Field(None, ge=1, description="processes a trial; null: as the cluster file says", examples=[2])
+    budget: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+    checkpoint: dict[str, Any] = {}
+    backend: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _phases_agree(self) -> Self:
+        for phase in (self.search, self.finalists):
+            if phase is not None and len(set(phase.seeds)) != len(phase.seeds):
+                raise ValueError(f"seeds {list(phase.seeds)} must be distinct")
+        if self.finalists is not None:
+            reused = sorted(set(self.finalists.seeds) & set(self.search.seeds))
+            if reused:
+                raise ValueError(
+                    f"finalists.seeds: {reused} are search seeds too, so selection would be reported as result; "
+                    f"e.g. a count, seeds: {len(self.finalists.seeds)}"
+                )
+        if self.sampler.name == "grid" and self.search.points is not None:
+            raise ValueError("search.points has no meaning for sampler grid, whose axes say num or choice; leave points out")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------- cluster
+
+
+class Cluster(Frozen):
+    """configs/cluster/NAME.yaml: where trials run."""
+
+    executor: Literal["local", "debug"] = Field(
+        description="local: submitit processes on this machine; debug: in this process, one rank, accumulating", examples=["local"]
+    )
+    ranks: Whole = Field(1, ge=1, description="processes a trial", examples=[2])
+    threads_per_rank: Whole = Field(1, ge=1, description="CPU threads of torch in each rank; part of bit-equality on CPU", examples=[1])
+    max_parallel: Whole = Field(1, ge=1, description="trials at a time", examples=[1])
+    timeout_minutes: Whole = Field(1440, ge=1, description="of one job; submitit's own default is two minutes", examples=[1440])
+
+
+# ------------------------------------------------------------------------------------ files and their errors
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """safe_load that refuses a key written twice instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict):
+                continue
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; BadInput when it is absent, unreadable, not YAML or not a mapping."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: must be a mapping of keys to values, is {type(value).__name__}")
+    return value
+
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def find(kind: Literal["workload", "study", "cluster"], name: str) -> Path:
+    """The file of a name in configs/KIND, or of a path (anything with a suffix or a slash)."""
+    as_path = Path(name)
+    if as_path.suffix in (".yaml", ".yml") or "/" in name:
+        if as_path.is_file():
+            return as_path
+        raise BadInput(f"{kind}: {name}: no such file")
+    path = CONFIGS / kind / f"{name}.yaml"
+    if path.is_file():
+        return path
+    known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+    raise BadInput(f"{kind}: {name!r} is not in configs/{kind}; {_suggest(name, known)}")
+
+
+def parse(model: type[M], value: dict[str, Any], source: str, rename: Callable[[str], str] = str) -> M:
+    """`value` as a `model`; BadInput with a line a mistake. `rename` maps a dotted key to where the user wrote it."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise BadInput("\n".join(f"{source}: {line}" for line in _explain(error, model, rename))) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], rename: Callable[[str], str]) -> Iterator[str]:
+    for e in error.errors():
+        owner, keys, field = _locate(model, e["loc"])
+        key, message, kind = rename(".".join(keys)), e["msg"], e["type"]
+        if kind == "extra_forbidden":
+            yield f"{key}: unknown key; {_suggest(keys[-1], sorted(owner.model_fields))}"
+        elif kind == "missing":
+            yield f"{key}: missing; {_example(field) or 'give a value'}"
+        elif kind == "union_tag_invalid":
+            tag = e["ctx"]["tag"]
+            yield f"{key}.name: {tag!r} is not known; {_suggest(tag, e['ctx']['expected_tags'].replace(chr(39), '').split(', '))}"
+        elif kind == "union_tag_not_found":
+            yield f"{key}.name: missing; {_suggest('', sorted(_tags(field)))}"
+        elif kind == "value_error":
+            text = message.removeprefix("Value error, ")
+            if not keys:
+                yield text
+            elif isinstance(e["input"], dict | BaseModel):
+                yield f"{key}.{text}"
+            else:
+                yield f"{key}: {e['input']!r} {text}; {_example(field)}".removesuffix("; ")
+        else:
+            constraint = message[0].lower() + message[1:]
+            constraint = constraint.removeprefix("input ").replace("should be", "must be").replace("should have", "must have")
+            yield f"{key}: {e['input']!r} {constraint}; {_example(field)}".removesuffix("; ")
+
+
+def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str], FieldInfo | None]:
+    """(the model that owns the key, the key's parts without pydantic's union tags, its field if known)."""
+    owner: Any = model
+    keys: list[str] = []
+    field: FieldInfo | None = None
+    inside: tuple[Any, ...] = (model,)
+    in_mapping = False
+    for part in loc:
+        models = [m for m in inside if isinstance(m, type) and issubclass(m, BaseModel)]
+        tagged = [m for m in models if part in (_tag(m), m.__name__)] if len(models) > 1 else []
+        if tagged:
+            inside = (tagged[0],)
+            owner = tagged[0]
+            continue
+        if part == "[key]":
+            continue
+        keys.append(str(part))
+        if in_mapping:
+            in_mapping = False
+        elif models and isinstance(part, str):
+            owner = models[0]
+            field = owner.model_fields.get(part)
+            inside = tuple(_leaves(field.annotation)) if field else ()
+            in_mapping = field is not None and get_origin(field.annotation) is dict
+    return owner, keys, field
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The classes inside unions, containers and Annotated."""
+    if get_origin(annotation) is None:
+        yield annotation
+        return
+    for inner in get_args(annotation):
+        if isinstance(inner, type) or get_origin(inner) is not None or isinstance(inner, types.UnionType):
+            yield from _leaves(inner)
+
+
+def _tag(model: type[BaseModel]) -> str:
+    """The value of a model's discriminator: its literal `name`, or its first field (a dimension of a space)."""
+    name = model.model_fields.get("name")
+    return str(get_args(name.annotation)[0]) if name and get_origin(name.annotation) is Literal else next(iter(model.model_fields), "")
+
+
+def _tags(field: FieldInfo | None) -> list[str]:
+    return [_tag(m) for m in _leaves(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)] if field else []
+
+
+def _example(field: FieldInfo | None) -> str:
+    return f"e.g. {field.examples[0]}" if field and field.examples else ""
+
+
+def _suggest(written: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(written, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(known)}"

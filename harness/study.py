@@ -1,0 +1,240 @@
+"""Study file -> resolved trials with ids; quasi-random points, a stream an arm.
+
+Everything is found here, before anything is submitted: `load` validates the file, its workload and every trial.
+`planned` is a pure function of the study and of the holdout results known so far, so that a plan, a submission and a
+report always agree on what the study's trials are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scipy.stats import qmc
+
+from harness import schedule
+from harness.config import Arm, BadInput, Choice, Study, Trial, WorkloadFile, find, parse, read_yaml
+
+OVERRIDES = ("budget", "evaluation", "checkpoint", "backend")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One trial of a study; `trial` is None for a finalist whose configuration the search has not decided yet."""
+
+    arm: str
+    phase: str
+    seed: int
+    trial: Trial | None
+
+
+@dataclass(frozen=True)
+class LoadedStudy:
+    """A validated study file together with its workload."""
+
+    study: Study
+    workload: WorkloadFile
+    source: str
+
+    @property
+    def name(self) -> str:
+        return self.study.name
+
+    def text(self) -> str:
+        """The study as resolved, to be stored beside its trials."""
+        return yaml.safe_dump(self.study.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
+    """The study in FILE with `a.b=c` overrides applied.
+
+    Raises BadInput, a line a mistake: every trial of the search is resolved and checked, so nothing is found later.
+    """
+    source = str(path)
+    document = read_yaml(Path(path))
+    document.setdefault("name", Path(path).stem)
+    for override in overrides:
+        _set(document, override)
+    study = parse(Study, document, source)
+    loaded = LoadedStudy(study, _workload(study, source), source)
+    trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
+    first: dict[str, Trial] = {}
+    for trial in trials:
+        twin = first.setdefault(trial.trial_id, trial)
+        if twin.arm != trial.arm:
+            raise BadInput(
+                f"{source}: arms.{trial.arm}: its trial {trial.trial_id} (seed {trial.seed}) is also one of arm {twin.arm}; "
+                "arms must differ in optimizer, decay, schedule or space"
+            )
+    if study.ranks is not None:
+        try:
+            trials[0].micro_batch_size(study.ranks)
+        except BadInput as error:
+            raise BadInput(f"{source}: {error}") from None
+    return loaded
+
+
+def _set(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise BadInput(f"--set {override!r}: must be KEY=VALUE with a dotted key; e.g. --set budget.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise BadInput(f"--set {override!r}: {text!r} is not a YAML value; e.g. --set budget.epochs=3") from None
+    inside: dict[str, Any] = document
+    *parents, last = _path(key)
+    for part in parents:
+        below = inside.setdefault(part, {})
+        if part == "workload" and isinstance(below, str):
+            below = inside[part] = {"name": below}
+        if not isinstance(below, dict):
+            raise BadInput(f"--set {override!r}: {part} is {below!r}, which has no keys")
+        inside = below
+    inside[last] = value
+
+
+def _path(key: str) -> list[str]:
+    """The parts of a dotted key; what follows `space` is one part, since an axis is itself a dotted key."""
+    parts = key.split(".")
+    if len(parts) > 4 and parts[0] == "arms" and parts[2] == "space":
+        return [*parts[:3], ".".join(parts[3:5]), *parts[5:]]
+    return parts
+
+
+def _workload(study: Study, source: str) -> WorkloadFile:
+    overrides = dict(study.workload)
+    name = overrides.pop("name", None)
+    if not isinstance(name, str):
+        raise BadInput(f"{source}: workload.name: missing; e.g. mnist5k_cnn")
+    path = find("workload", name)
+    document = read_yaml(path)
+    document.setdefault("name", path.stem)
+    document = _merged(document, overrides)
+    for key in ("budget", "evaluation", "checkpoint"):
+        document[key] = _merged(document.get(key, {}), getattr(study, key))
+    where = f"{source} (workload {path.name})"
+    workload = parse(WorkloadFile, document, where)
+    return workload.model_copy(
+        update={"data": workload.data.model_copy(update={"path": Path(workload.data.path).expanduser().absolute()})}
+    )
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- points
+
+
+def points(arm_name: str, arm: Arm, study: Study) -> Iterator[dict[str, Any]]:
+    """The configurations of one arm, {dotted key: value} each, in order.
+
+    Quasi-random points come from one scrambled stream an arm, seeded by the sampler's seed and the arm's name, over
+    the axes in the order of their keys: the first n points of a longer search are the points of a shorter one, and no
+    other arm moves them. Values are rounded to six significant digits, so that ids do not hang on a last bit.
+    """
+    axes = sorted(arm.space.items())
+    if not axes:
+        yield {}
+        return
+    if study.sampler.name == "grid":
+        for values in itertools.product(*(_levels(arm_name, key, axis) for key, axis in axes)):
+            yield dict(zip((key for key, _ in axes), values, strict=True))
+        return
+    if study.search.points is None:
+        raise BadInput(f"search.points: missing; arm {arm_name} has a space to search; e.g. 8")
+    digest = hashlib.sha256(f"{study.sampler.seed}/{arm_name}".encode()).digest()
+    seed = int.from_bytes(digest[:8], "big")
+    engine = (qmc.Sobol if study.sampler.name == "sobol" else qmc.Halton)(len(axes), scramble=True, rng=seed)
+    for _ in range(study.search.points):
+        unit = engine.random(1)[0]
+        yield {key: axis.at(float(u)) for (key, axis), u in zip(axes, unit, strict=True)}
+
+
+def _levels(arm: str, key: str, axis: Any) -> list[Any]:
+    if isinstance(axis, Choice):
+        return list(axis.choice)
+    if axis.num is None:
+        raise BadInput(f"arms.{arm}.space.{key}.num: missing; sampler grid needs the points along each axis; e.g. 5")
+    return [axis.at(i / (axis.num - 1)) for i in range(axis.num)]
+
+
+# --------------------------------------------------------------------------------------------------- trials
+
+
+def resolve(loaded: LoadedStudy, arm_name: str, point: Mapping[str, Any], phase: str, seed: int) -> Trial:
+    """One point of one arm as a frozen trial. Raises BadInput naming keys as the study file spells them."""
+    study, arm = loaded.study, loaded.study.arms[arm_name]
+    blocks = {k: dict(getattr(arm, k)) for k in ("optimizer", "decay", "schedule")}
+    for key, value in point.items():
+        block, _, field = key.partition(".")
+        blocks[block][field] = value
+    document = {
+        "study": study.name,
+        "arm": arm_name,
+        "phase": phase,
+        "workload": loaded.workload.model_dump(include={"name", "data", "model", "recipe"}),
+        **blocks,
+        "budget": loaded.workload.budget.model_dump(),
+        "evaluation": loaded.workload.evaluation.model_dump(),
+        "checkpoint": loaded.workload.checkpoint.model_dump(),
+        "backend": study.backend,
+        "seed": seed,
+    }
+
+    def as_written(key: str) -> str:
+        if key in point or key.rpartition(".")[0] in point:
+            return f"arms.{arm_name}.space.{key}"
+        return f"arms.{arm_name}.{key}" if key.partition(".")[0] in blocks else key
+
+    return parse(Trial, document, loaded.source, as_written)
+
+
+def planned(loaded: LoadedStudy, results: Mapping[str, float | None]) -> list[Planned]:
+    """Every trial of the study, in order: the search of each arm, then its finalists.
+
+    `results` maps the id of an ended trial to its holdout/top1 at the last completed cycle (a fraction; None when it
+    failed or diverged, which ranks last). An arm's finalists are its `top` configurations by mean over the search
+    seeds, first found first among equals; they are pending (trial None) until all of its search has ended.
+    """
+    study = loaded.study
+    out: list[Planned] = []
+    for name in study.arms:
+        arm_points = list(points(name, study.arms[name], study))
+        ranked: list[tuple[float, int]] = []
+        complete = True
+        for index, point in enumerate(arm_points):
+            trials = [resolve(loaded, name, point, "search", seed) for seed in study.search.seeds]
+            out += [Planned(name, "search", t.seed, t) for t in trials]
+            complete = complete and all(t.trial_id in results for t in trials)
+            found = [results.get(t.trial_id) for t in trials]
+            values = [v for v in found if v is not None and not math.isnan(v)]
+            if len(values) == len(trials):
+                ranked.append((-math.fsum(values) / len(values), index))
+        if study.finalists is None:
+            continue
+        best = [index for _, index in sorted(ranked)[: study.finalists.top]] if complete else []
+        for place in range(min(study.finalists.top, len(arm_points))):
+            for seed in study.finalists.seeds:
+                trial = resolve(loaded, name, arm_points[best[place]], "finalists", seed) if place < len(best) else None
+                out.append(Planned(name, "finalists", seed, trial))
+    return out
+
+
+def warnings(loaded: LoadedStudy) -> list[str]:
+    """What is legal and probably not meant, one line each, each once."""
+    lines = [line for p in planned(loaded, {}) if p.trial is not None for line in schedule.warnings(p.trial)]
+    if loaded.workload.data.holdout_samples == 0 and loaded.study.finalists is not None:
+        lines.append("workload.data.holdout_samples: 0, so finalists cannot be chosen; e.g. a tenth of train_samples")
+    return list(dict.fromkeys(lines))
