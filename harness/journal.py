@@ -1,0 +1,150 @@
+"""The append-only record of one trial, and what of it is final.
+
+A line is one JSON object with trial, attempt, step and timestamp (milliseconds since 1970, as MLflow wants them) and
+either `metrics` or an `event`:
+
+    start       attempt begins: resumed_from (steps already done), total_steps, world_size, host, pid, ...
+    checkpoint  step = steps done; everything before that step is final
+    warning     message
+    stop        the attempt was told to stop and saved itself; the trial is interrupted
+    end         state: finished | failed | diverged, error
+
+`step` is the 0-based optimizer step of the CONTRACT; an evaluation stands at the last step it follows. Lines are
+written whole, in one write to a file opened for appending, so several processes may append. A later attempt repeats
+the steps after the checkpoint it started from: `fold` keeps exactly one value a (metric, step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Appends lines of one attempt. Not for several threads at once."""
+
+    def __init__(self, path: Path, trial_id: str, attempt: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        self._stamp = {"trial": trial_id, "attempt": attempt}
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            os.write(self._file, b"\n")  # a line torn by a power cut must not swallow the next one
+
+    def write(self, step: int, **fields: Any) -> None:
+        line = {**self._stamp, "step": step, "timestamp": time.time_ns() // 1_000_000, **fields}
+        os.write(self._file, (json.dumps(line, separators=(",", ":")) + "\n").encode())
+
+    def sync(self) -> None:
+        """Everything written so far survives a power cut."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a journal, in order; a torn one is passed over, an absent journal is empty."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for raw in text.splitlines():
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {"trial", "attempt", "step", "timestamp"} <= line.keys():
+            yield line
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of one metric."""
+
+    metric: str
+    step: int
+    value: float
+    timestamp: int
+    attempt: int
+
+
+@dataclass
+class Record:
+    """A journal, folded: what is final, what is not yet, and where the trial stands."""
+
+    settled: list[Point] = field(default_factory=list)
+    """final points, one a (metric, step): before the last committed checkpoint, or all once the trial ended"""
+    pending: list[Point] = field(default_factory=list)
+    """points after the last committed checkpoint, which a later attempt would repeat"""
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    """the start line of each attempt"""
+    committed: int = 0
+    """steps done at the last committed checkpoint"""
+    steps_done: int = 0
+    end: dict[str, Any] | None = None
+    """the end line; None while the trial can go on"""
+    stopped: bool = False
+    """the newest attempt was told to stop, and saved itself"""
+    warnings: list[str] = field(default_factory=list)
+    first_timestamp: int | None = None
+    last_timestamp: int | None = None
+
+    def points(self) -> list[Point]:
+        return self.settled + self.pending
+
+
+def fold(lines: Iterable[dict[str, Any]]) -> Record:
+    """The journal's meaning: one value a (metric, step), the newest that nothing final stands against.
+
+    A point before a committed checkpoint is final and is never superseded, also when a damaged checkpoint makes a
+    later attempt repeat it; a point after it is replaced by the attempt that repeats its step. Lines that an older
+    attempt writes after a newer one has started (split brain) count for nothing.
+    """
+    record = Record()
+    settled: dict[tuple[str, int], Point] = {}
+    pending: dict[tuple[str, int], Point] = {}
+    newest = 0
+
+    def commit(steps: int) -> None:
+        record.committed = max(record.committed, steps)
+        for key in [k for k in pending if k[1] < record.committed]:
+            settled.setdefault(key, pending.pop(key))
+
+    for line in lines:
+        attempt, step = int(line["attempt"]), int(line["step"])
+        if attempt < newest:
+            continue
+        newest = attempt
+        record.first_timestamp = record.first_timestamp or line["timestamp"]
+        record.last_timestamp = line["timestamp"]
+        event = line.get("event")
+        if event == "start":
+            commit(line["resumed_from"])  # the checkpoint is there, even if its line was lost with the process
+            pending.clear()
+            record.starts.append(line)
+            record.end, record.stopped, record.steps_done = None, False, line["resumed_from"]
+        elif event == "checkpoint":
+            commit(step)
+            record.steps_done = max(record.steps_done, step)
+        elif event == "warning":
+            record.warnings.append(line["message"])
+        elif event == "stop":
+            record.stopped = True
+        elif event == "end":
+            record.end = line
+        elif "metrics" in line:
+            record.steps_done = max(record.steps_done, step + 1)
+            for metric, value in line["metrics"].items():
+                if step >= record.committed:
+                    pending[metric, step] = Point(metric, step, value, line["timestamp"], attempt)
+    if record.end is not None:
+        settled.update({k: v for k, v in pending.items() if k not in settled})
+        pending.clear()
+    record.settled, record.pending = list(settled.values()), list(pending.values())
+    return record

@@ -1,0 +1,182 @@
+"""Where things lie on disk: runs/STUDY/trials/ID/..., and where a trial stands.
+
+    runs/STUDY/trials/ID/config.yaml  journal.jsonl  result.json  checkpoints/step-N-attempt-K/  logs/
+
+No torch: the login node reads states from here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness import journal
+from harness.config import BadInput, Trial, parse, read_yaml
+
+ENDED = ("finished", "failed", "diverged")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or nothing, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), 0o666 & ~umask)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class TrialState:
+    """Where a trial stands, by its own record (a scheduler may know that it is queued)."""
+
+    state: str
+    """pending | running | interrupted | finished | failed | diverged"""
+    step: int
+    total_steps: int | None
+    attempts: int
+    metrics: dict[str, float]
+    """the newest value of each metric at the last completed cycle's evaluation"""
+    last_error: str | None
+    seconds_per_step: float | None
+
+
+class TrialFolder:
+    """The folder of one trial. `claim` fences attempts; `lock` says that one is alive on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.journal = path / "journal.jsonl"
+        self.result = path / "result.json"
+        self.checkpoints = path / "checkpoints"
+        self.attempts = path / "attempts"
+        self.logs = path / "logs"
+        self._lock = path / "lock"
+
+    def write_config(self, trial: Trial) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, yaml.safe_dump(trial.model_dump(mode="json", exclude_unset=True), sort_keys=False))
+
+    def read_config(self) -> Trial:
+        return parse(Trial, read_yaml(self.config), str(self.config))
+
+    def claim(self) -> int:
+        """The next attempt number, for this process alone: from now on older attempts may commit nothing."""
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        number = self.newest_attempt() + 1
+        while True:
+            try:
+                handle = os.open(self.attempts / str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                number += 1
+                continue
+            with os.fdopen(handle, "w") as file:
+                file.write(f"{socket.gethostname()} {os.getpid()}\n")
+            return number
+
+    def newest_attempt(self) -> int:
+        """The highest number claimed; 0 before the first attempt."""
+        return max((int(p.name) for p in self.attempts.glob("*") if p.name.isdigit()), default=0)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by rank 0 while an attempt lives; the kernel lets go of it however the process ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self._lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"trial {self.path.name}: an attempt is running already; wait for it, or stop it") from None
+            yield
+
+    def is_running(self) -> bool:
+        try:
+            with open(self._lock) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def state(self) -> TrialState:
+        record = journal.fold(journal.read(self.journal))
+        start: dict[str, Any] = record.starts[-1] if record.starts else {}
+        if self.is_running():
+            state = "running"
+        elif record.end is not None:
+            state = str(record.end["state"])
+        else:
+            state = "interrupted" if record.starts else "pending"
+        points = record.points()
+        at_cycle_ends = {p.step for p in points if p.metric == "anytime/holdout_top1"}
+        answer = max(at_cycle_ends, default=None)
+        seconds = [p for p in points if p.metric == "time/train_seconds"]
+        return TrialState(
+            state=state,
+            step=record.steps_done,
+            total_steps=start.get("total_steps"),
+            attempts=max(len(record.starts), self.newest_attempt()),
+            metrics={p.metric: p.value for p in points if p.step == answer},
+            last_error=(record.end or {}).get("error"),
+            seconds_per_step=seconds[-1].value / (seconds[-1].step + 1) if seconds else None,
+        )
+
+
+class Store:
+    """The folder given by --store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def study(self, name: str) -> Path:
+        return self.root / name
+
+    def trial(self, study: str, trial_id: str) -> TrialFolder:
+        return TrialFolder(self.root / study / "trials" / trial_id)
+
+    def trials(self, study: str) -> list[TrialFolder]:
+        """Every trial folder of a study, also of trials that have left the study file."""
+        folder = self.root / study / "trials"
+        return [TrialFolder(p) for p in sorted(folder.glob("*")) if p.is_dir()]
+
+    def results(self, study: str) -> dict[str, float | None]:
+        """trial id -> holdout/top1 at the last completed cycle of every ended trial (None: failed or diverged)."""
+        states = {folder.path.name: folder.state() for folder in self.trials(study)}
+        return {
+            trial_id: s.metrics.get("anytime/holdout_top1") if s.state == "finished" else None
+            for trial_id, s in states.items()
+            if s.state in ENDED
+        }
+
+    def check_writable(self) -> None:
+        """BadInput unless a file can be made in the store, now rather than after an hour."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise BadInput(f"--store {self.root}: not writable ({error.strerror}); e.g. --store ./runs") from None
+
+
+def write_result(folder: TrialFolder, result: dict[str, Any]) -> None:
+    write_atomically(folder.result, json.dumps(result, indent=2) + "\n")
