@@ -54,7 +54,7 @@ class TrialState:
     total_steps: int | None
     attempts: int
     metrics: dict[str, float]
-    """the newest value of each metric at the last completed cycle's evaluation"""
+    """the newest value of each metric; anytime/* is the answer of the last completed cycle"""
     last_error: str | None
     seconds_per_step: float | None
 
@@ -128,15 +128,13 @@ class TrialFolder:
         else:
             state = "interrupted" if record.starts else "pending"
         points = record.points()
-        at_cycle_ends = {p.step for p in points if p.metric == "anytime/holdout_top1"}
-        answer = max(at_cycle_ends, default=None)
         seconds = [p for p in points if p.metric == "time/train_seconds"]
         return TrialState(
             state=state,
             step=record.steps_done,
             total_steps=start.get("total_steps"),
             attempts=max(len(record.starts), self.newest_attempt()),
-            metrics={p.metric: p.value for p in points if p.step == answer},
+            metrics={p.metric: p.value for p in sorted(points, key=lambda p: p.step)},
             last_error=(record.end or {}).get("error"),
             seconds_per_step=seconds[-1].value / (seconds[-1].step + 1) if seconds else None,
         )
