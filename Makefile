@@ -1,0 +1,49 @@
+# `make demo` and `make test` are the two commands of a fresh machine: each does all its own set-up.
+PYTHON ?= python3
+# Any build of torch >= 2.11 with its torchvision will do. CPU wheels only, where the index's default is CUDA:
+#   make setup TORCH="torch==2.13.0 torchvision==0.28.0 --extra-index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0 torchvision==0.28.0
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test unit lint integration bench clean
+.DEFAULT_GOAL := test
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing pinned dependencies into .venv (a few minutes the first time)"
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(firstword $(TORCH)) $(filter --%,$(TORCH)) $(filter https://%,$(TORCH))
+	@$(BIN)/python -m pip show --quiet torchvision 2>/dev/null || $(PIP) $(TORCH)
+	@DS_BUILD_OPS=0 $(PIP) --constraint constraints.txt --editable ".[dev,notebook]"
+	@touch $@
+
+data/mnist5k: | setup
+	@$(BIN)/wrbench shards build mnist5k --out $@
+
+demo: setup data/mnist5k
+	@$(BIN)/wrbench study submit configs/study/demo.yaml --cluster local
+	@$(BIN)/wrbench report configs/study/demo.yaml
+	@echo "MLflow UI:  .venv/bin/wrbench ui"
+
+test: lint unit integration
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy harness launch analysis
+
+unit: setup
+	@$(BIN)/python -m pytest tests/unit -n 2
+
+integration: setup
+	@$(BIN)/python -m pytest tests/integration
+
+bench: setup data/mnist5k
+	@$(BIN)/python -m tests.benchmarks.bench
+
+clean:
+	rm -rf .venv build
