@@ -128,7 +128,9 @@ class Evaluation(Frozen):
     train_eval_samples: Whole = Field(
         500, ge=1, description="size of the fixed clean training subset behind train_eval/loss", examples=[500]
     )
-    log_every_steps: Whole = Field(10, ge=1, description="optimizer steps between two train/loss points", examples=[10])
+    log_every_steps: Whole = Field(
+        10, ge=1, le=100, description="optimizer steps between two train/loss points, where ranks also agree to stop", examples=[10]
+    )
 
 
 class Checkpoint(Frozen):

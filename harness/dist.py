@@ -1,0 +1,112 @@
+"""Process group up and down, a frozen Ranks, and the few collectives the loop needs.
+
+Every collective is called on every rank; nothing here or above may be collective under `if rank == 0`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as td
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    control: td.ProcessGroup | None = None
+    """gloo, for small host-side agreements that must not wait for a device; None in a single process"""
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sums over the ranks, in float64."""
+        if self.control is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        td.all_reduce(tensor, group=self.control)
+        return [float(v) for v in tensor]
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's JSON-like value, on every rank."""
+        if self.control is None:
+            return value
+        box = [value]
+        td.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            td.barrier(group=self.control)
+
+
+@contextmanager
+def joined(timeout_seconds: int) -> Iterator[Ranks]:
+    """The process group of RANK, WORLD_SIZE and LOCAL_RANK (torchrun, srun or launch.job); one process without them.
+
+    Rendezvous at WRBENCH_RENDEZVOUS (an init_method) or MASTER_ADDR and MASTER_PORT. A peer that dies ends a pending
+    collective at once where the connection breaks, else after `timeout_seconds`.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Ranks(0, local_rank, 1, device)
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    method = os.environ.get("WRBENCH_RENDEZVOUS", "env://")
+    td.init_process_group(backend, init_method=method, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        control = td.group.WORLD if backend == "gloo" else td.new_group(backend="gloo", timeout=timeout)
+        yield Ranks(rank, local_rank, world_size, device, control)
+    finally:
+        td.destroy_process_group()
+
+
+def peer_lost(error: BaseException) -> bool:
+    """Whether an exception says that another rank is gone, so that this trial was interrupted and did not fail."""
+    text = str(error).lower()
+    return isinstance(error, td.DistError) or (
+        isinstance(error, RuntimeError) and any(w in text for w in ("gloo", "connection closed by peer", "connection reset", "nccl"))
+    )
+
+
+class StopRequest:
+    """Raised by SIGTERM, SIGUSR2 or SIGINT; the loop asks for it and all ranks act on it together.
+
+    Handlers only set a flag: saving is collective and must not run inside a signal handler. They replace submitit's,
+    which act on rank 0 alone. USR2 and not USR1, which NCCL catches.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._before = []
+        if threading.current_thread() is threading.main_thread():
+            self._before = [(s, signal.signal(s, self._note)) for s in self.SIGNALS]
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before:
+            signal.signal(number, handler)

@@ -1,0 +1,152 @@
+"""(optimizer, decay) -> a torch optimizer and its param groups. Exact updates, torch's fused kernels underneath.
+
+What a step reads from its param group, written there before each step (`hyperparameters`):
+
+    lr            eta_t * alpha
+    weight_decay  decoupled: eta_t * lambda, the share of the weights that this step removes (paper units)
+                  l2: lambda, the coefficient of theta in the gradient
+
+so that the decoupled step is theta <- (1 - weight_decay) * theta - (lr * direction), with the weights from before the
+step in the decay (Algorithms 1 and 2 of arXiv 1711.05101v3). torch's own AdamW multiplies the two numbers instead.
+Moments and step counts live in the optimizer's state and persist through restarts; nothing counts calls of step(),
+because sharded optimizers may call it once a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.config import Adam, Decoupled, L2, NoDecay, Sgd
+
+
+@contextmanager
+def _restored(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Puts back lr and weight_decay, which a step rewrites into what torch's kernel takes."""
+    before = [(group["lr"], group["weight_decay"]) for group in groups]
+    try:
+        yield
+    finally:
+        for group, (lr, weight_decay) in zip(groups, before, strict=True):
+            group["lr"], group["weight_decay"] = lr, weight_decay
+
+
+def _shrink(group: dict[str, Any]) -> None:
+    """theta <- theta - weight_decay*theta, of the parameters that this step moves; the kernel decays no more."""
+    moved = [p for p in group["params"] if p.grad is not None]
+    if moved and group["weight_decay"]:
+        torch._foreach_mul_(moved, 1 - group["weight_decay"])
+    group["weight_decay"] = 0.0
+
+
+class SGDW(torch.optim.SGD):
+    """buf <- momentum*buf + g;  theta <- theta - lr*buf - weight_decay*theta_before."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        with _restored(self.param_groups):
+            for group in self.param_groups:
+                _shrink(group)
+            super().step()
+
+
+class AdamW(torch.optim.AdamW):
+    """theta <- theta - lr*mhat/(sqrt(vhat)+eps) - weight_decay*theta_before.
+
+    torch's kernel removes lr*weight_decay of the weights, so it is handed weight_decay / lr: fused speed, and the
+    product is exact to one rounding in float64.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        with _restored(self.param_groups):
+            for group in self.param_groups:
+                if group["lr"]:
+                    group["weight_decay"] /= group["lr"]
+                else:
+                    _shrink(group)
+            super().step()
+
+
+class SGDLrInBuffer(torch.optim.SGD):
+    """Algorithm 1 as printed, with L2: buf <- momentum*buf + lr*(g + weight_decay*theta);  theta <- theta - buf.
+
+    Gradients are scaled in place and the kernel runs at lr 1.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        with _restored(self.param_groups):
+            for group in self.param_groups:
+                _scale_gradients(group)
+                group["weight_decay"] *= group["lr"]
+                group["lr"] = 1.0
+            super().step()
+
+
+class SGDWLrInBuffer(torch.optim.SGD):
+    """Algorithm 1 as printed: buf <- momentum*buf + lr*g;  theta <- theta - buf - weight_decay*theta_before."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        with _restored(self.param_groups):
+            for group in self.param_groups:
+                _shrink(group)
+                _scale_gradients(group)
+                group["lr"] = 1.0
+            super().step()
+
+
+def _scale_gradients(group: dict[str, Any]) -> None:
+    """g <- lr*g, in place: gradients are dropped after the step."""
+    gradients = [p.grad for p in group["params"] if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, group["lr"])
+
+
+def optimizer_class(optimizer: Sgd | Adam, decay: NoDecay | L2 | Decoupled) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class and the arguments it takes beside param groups; what a sharding wrapper needs."""
+    cls: type[torch.optim.Optimizer]
+    decoupled = decay.name == "decoupled"
+    if optimizer.name == "adam":
+        cls = AdamW if decoupled else torch.optim.Adam
+        return cls, {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": 0.0, "fused": True}
+    if optimizer.lr_in_buffer:
+        cls = SGDWLrInBuffer if decoupled else SGDLrInBuffer
+    else:
+        cls = SGDW if decoupled else torch.optim.SGD
+    return cls, {"lr": optimizer.lr, "momentum": optimizer.momentum, "weight_decay": 0.0, "fused": True}
+
+
+def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], decay: NoDecay | L2 | Decoupled) -> list[dict[str, Any]]:
+    """One group of the parameters that decay, one of those that do not; an empty group is left out."""
+    decaying: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for _, parameter in named_parameters:
+        spared = decay.name == "none" or (decay.exempt_1d and parameter.ndim <= 1)
+        (exempt if spared else decaying).append(parameter)
+    return [{"params": group, "decays": decays} for group, decays in ((decaying, True), (exempt, False)) if group]
+
+
+def build(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Sgd | Adam, decay: NoDecay | L2 | Decoupled
+) -> torch.optim.Optimizer:
+    """The optimizer over parameters of any floating dtype, at lr = alpha and no decay until `write` sets them."""
+    cls, arguments = optimizer_class(optimizer, decay)
+    return cls(param_groups(named_parameters, decay), **arguments)
+
+
+def hyperparameters(optimizer: Sgd | Adam, decay: NoDecay | L2 | Decoupled, eta: float, lam: float) -> tuple[float, float]:
+    """(lr, weight_decay) of one step from the schedule's eta and lambda, in the meaning of this module's head."""
+    return eta * optimizer.lr, eta * lam if decay.name == "decoupled" else lam
+
+
+def write(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Sets the next step's lr in every group, and its weight_decay in those that decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0

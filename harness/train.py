@@ -1,0 +1,123 @@
+"""`train(trial)`: build, loop, evaluate. One trial, on this process and its peers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from harness import checkpoint, engine, optim
+from harness.attempt import Attempt, Progress
+from harness.config import Trial
+from harness.data import loader
+from harness.dist import Ranks, StopRequest, joined
+from harness.evaluate import evaluate
+from harness.schedule import cycle_ends, schedule, steps_per_epoch, total_steps
+from harness.store import Store
+
+
+def train(trial: Trial, store: Store) -> dict[str, Any]:
+    """Trains to the end of the budget from the newest checkpoint; the mapping of result.json, the same on every rank.
+
+    Its state is finished, diverged (a non-finite loss: a result) or interrupted (told to stop, and saved). Raises what
+    went wrong otherwise, after the journal says so; run again, it continues.
+    """
+    with joined(trial.backend.timeout_seconds) as ranks, StopRequest() as stop, Attempt(trial, store, ranks) as attempt:
+        data = loader.open_data(trial.workload.data)
+        worker = engine.build(trial, ranks)
+        resumed = attempt.resume(worker, data_sha256=data.sha256)
+        clock, answer = Clock(resumed.train_seconds, resumed.wait_seconds, ranks.device), resumed.answer
+        total, ends = total_steps(trial), set(cycle_ends(trial))
+        evaluations = ends | _every(trial, trial.evaluation.every_epochs) | {total}
+        saves = ends | _every(trial, trial.checkpoint.every_epochs) | {total}
+        batches = loader.train_batches(data, trial, ranks.rank, ranks.world_size, resumed.steps_done, total)
+
+        for step in range(resumed.steps_done, total):
+            done = step + 1
+            eta, cycle, lam = schedule(trial, step)
+            lr, weight_decay = optim.hyperparameters(trial.optimizer, trial.decay, eta, lam)
+            with clock.waiting():
+                images, labels = next(batches)
+            result = worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, measure=done in ends)
+
+            stopping = False
+            if done % trial.evaluation.log_every_steps == 0 or done in evaluations | saves:
+                loss, stops = ranks.sums([float(result.loss) / ranks.world_size, float(stop.signal is not None)])
+                stopping = stops > 0
+                attempt.log(step, {
+                    "train/loss": loss, "schedule/lr": lr, "schedule/eta": eta, "schedule/weight_decay": lam, "schedule/cycle": cycle,
+                    "epoch": done / steps_per_epoch(trial), "time/train_seconds": clock.seconds(), "data/wait_fraction": clock.waited / clock.seconds(),
+                })  # fmt: skip
+                if not math.isfinite(loss):
+                    return attempt.end("diverged", done, None, f"train/loss is {loss} at step {step}")
+            if done in evaluations:
+                with clock.stopped():
+                    measured = _evaluate(trial, worker, data, ranks)
+                    if done in ends:
+                        answer = {f"anytime/{k.replace('/', '_')}": v for k, v in measured.items() if k.endswith("top1")}
+                        measured |= result.measured | _train_eval(trial, worker, data, ranks)
+                    attempt.log(step, measured | answer)
+            if done in saves or stopping:
+                with clock.stopped():
+                    attempt.save(worker, Progress(done, clock.seconds(), clock.waited, answer))
+            if stopping and done < total:
+                return attempt.stop(done, stop.signal or "a peer was told to stop")
+
+        return attempt.end("finished", total, checkpoint.weights_sha256(worker.evaluation_model().state_dict()))
+
+
+def _every(trial: Trial, epochs: float | None) -> set[int]:
+    """Step counts at every multiple of `epochs` within the budget."""
+    if epochs is None:
+        return set()
+    count = math.floor(trial.budget.epochs / epochs + 1e-9)
+    return {max(1, round(i * epochs * steps_per_epoch(trial))) for i in range(1, count + 1)}
+
+
+def _evaluate(trial: Trial, worker: engine.Engine, data: loader.DataSet, ranks: Ranks) -> dict[str, float]:
+    """holdout/* and val/*; no holdout, no holdout/*."""
+    out: dict[str, float] = {}
+    for split, view in (("holdout", data.holdout), ("val", data.val)):
+        if len(view):
+            batches = loader.eval_batches(view, ranks.rank, ranks.world_size, trial.evaluation.batch_size)
+            found = evaluate(worker.evaluation_model(), batches, len(view), ranks)
+            out |= {f"{split}/{key}": value for key, value in found.items()}
+    return out
+
+
+def _train_eval(trial: Trial, worker: engine.Engine, data: loader.DataSet, ranks: Ranks) -> dict[str, float]:
+    """Plain cross-entropy of the fixed clean training subset: tells "optimises worse" from "generalises worse"."""
+    view = data.train_eval(trial.evaluation.train_eval_samples)
+    batches = loader.eval_batches(view, ranks.rank, ranks.world_size, trial.evaluation.batch_size)
+    return {"train_eval/loss": evaluate(worker.evaluation_model(), batches, len(view), ranks)["loss"]}
+
+
+class Clock:
+    """Training seconds over all attempts; evaluating and saving stop it."""
+
+    def __init__(self, seconds: float, waited: float, device: torch.device) -> None:
+        self._device = device
+        self._origin = time.perf_counter() - seconds
+        self.waited = waited
+        """of these, seconds spent waiting for data"""
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._origin
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        yield
+        self._origin += time.perf_counter() - start

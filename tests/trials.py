@@ -1,0 +1,29 @@
+"""Small resolved trials for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.config import Trial, parse
+
+DATA = {
+    "name": "mnist5k", "path": "data/mnist5k", "num_classes": 10, "image_size": 28, "channels": 1,
+    "train_samples": 4000, "holdout_samples": 500, "val_samples": 1000, "mean": [0.1306], "std": [0.3081],
+}  # fmt: skip
+
+
+def trial(**over: Any) -> Trial:
+    """A resolved trial of mnist5k_cnn; `over` replaces top-level blocks, and `data` and `recipe` update the workload's."""
+    document: dict[str, Any] = {
+        "workload": {
+            "name": "mnist5k_cnn",
+            "data": DATA | over.pop("data", {}),
+            "model": {"name": "mnist5k_cnn"},
+            "recipe": over.pop("recipe", {}),
+        },
+        "optimizer": {"name": "adam", "lr": 1e-3},
+        "decay": {"name": "decoupled", "weight_decay": 0.05, "normalised": True},
+        "schedule": {"name": "cosine_restarts", "t_0": 1, "t_mult": 2},
+        "budget": {"epochs": 7, "global_batch_size": 100},
+    } | over
+    return parse(Trial, document, "test")

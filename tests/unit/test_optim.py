@@ -1,0 +1,130 @@
+"""Every meaningful (optimizer, decay) against the NumPy reference: float64, 200 steps, five restarts, below 1e-12."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from harness import optim
+from harness.schedule import schedule
+from tests import reference
+from tests.trials import trial
+
+STEPS = 200
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
+ADAM = {"name": "adam", "lr": 0.01}
+OPTIMIZERS = [SGD, SGD | {"lr_in_buffer": True}, SGD | {"momentum": 0.0}, ADAM, ADAM | {"betas": [0.8, 0.95], "eps": 1e-4}]
+DECAYS = [
+    {"name": "none"},
+    {"name": "l2", "weight_decay": 0.03},
+    {"name": "l2", "weight_decay": 0.03, "exempt_1d": True},
+    {"name": "decoupled", "weight_decay": 0.01},
+    {"name": "decoupled", "weight_decay": 0.2, "units": "torch"},
+    {"name": "decoupled", "weight_decay": 0.1, "normalised": True},
+    {"name": "decoupled", "weight_decay": 0.1, "normalised": True, "exempt_1d": True},
+]
+
+
+def control(t: Any) -> reference.Sgd | reference.Adam:
+    if t.optimizer.name == "sgd":
+        return reference.Sgd(t.optimizer.lr, t.optimizer.momentum, t.decay.name, t.optimizer.lr_in_buffer)
+    return reference.Adam(t.optimizer.lr, *t.optimizer.betas, t.optimizer.eps, t.decay.name)
+
+
+def reference_lambda(t: Any, cycle_steps: int) -> float:
+    d = t.decay
+    if d.name == "none":
+        return 0.0
+    if d.name == "l2" or not d.normalised:
+        return d.weight_decay * (t.optimizer.lr if d.name == "decoupled" and d.units == "torch" else 1)
+    return d.weight_decay / np.sqrt(cycle_steps)
+
+
+@pytest.mark.parametrize(("optimizer", "decay"), list(itertools.product(OPTIMIZERS, DECAYS)))
+def test_update_equals_reference(optimizer: dict[str, Any], decay: dict[str, Any]) -> None:
+    # 6 steps an epoch: cycles end at steps 6, 18, 42, 90, 186, so the 200 steps cross five restarts
+    t = trial(
+        optimizer=optimizer, decay=decay, budget={"epochs": 34, "global_batch_size": 583},
+        schedule={"name": "cosine_restarts", "t_0": 1, "t_mult": 2, "eta_min": 0.01},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    data, target = torch.randn(64, 7, dtype=torch.float64), torch.randn(64, 3, dtype=torch.float64)
+    built = optim.build(net.named_parameters(), t.optimizer, t.decay)
+    theta = {n: p.detach().numpy().copy() for n, p in net.named_parameters()}
+    slow = control(t)
+    for step in range(STEPS):
+        nn.functional.mse_loss(net(data), target).backward()
+        grad = {n: p.grad.numpy().copy() for n, p in net.named_parameters() if p.grad is not None}
+        eta, _, lam = schedule(t, step)
+        optim.write(built, *optim.hyperparameters(t.optimizer, t.decay, eta, lam))
+        built.step()
+        built.zero_grad()
+
+        ref_eta, _, cycle_steps = reference.eta_cosine_restarts(step, 6, 1, 2, 0.01)
+        one = reference_lambda(t, cycle_steps)
+        exempt = getattr(t.decay, "exempt_1d", False)
+        slow.step(theta, grad, ref_eta, {n: 0.0 if exempt and theta[n].ndim <= 1 else one for n in theta})
+    for name, parameter in net.named_parameters():
+        ours = parameter.detach().numpy()
+        error = np.linalg.norm(ours - theta[name]) / np.linalg.norm(theta[name])
+        assert error < 1e-12, f"{name}: relative error {error:.2e}"
+
+
+def test_torch_units_times_alpha_are_paper_units() -> None:
+    """lambda_paper = alpha * weight_decay_torch: one decay written in both units takes the same steps."""
+    paper = trial(optimizer=ADAM, decay={"name": "decoupled", "weight_decay": 0.002}, schedule={"name": "cosine"})
+    torch_ = trial(optimizer=ADAM, decay={"name": "decoupled", "weight_decay": 0.2, "units": "torch"}, schedule={"name": "cosine"})
+    assert paper.trial_id != torch_.trial_id
+    for step in (0, 17, 200):
+        assert schedule(paper, step)[2] == pytest.approx(schedule(torch_, step)[2], rel=1e-15)
+
+
+def test_paper_units_equal_torchs_own_adamw_at_alpha_times_weight_decay() -> None:
+    """The trap, from the other side: torch.optim.AdamW(weight_decay=lambda/alpha) is decoupled decay lambda."""
+    t = trial(optimizer=ADAM, decay={"name": "decoupled", "weight_decay": 0.002}, schedule={"name": "linear"})
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 4).double(), nn.Linear(5, 4).double()
+    theirs.load_state_dict(ours.state_dict())
+    a = optim.build(ours.named_parameters(), t.optimizer, t.decay)
+    b = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.002 / 0.01)
+    x = torch.randn(8, 5, dtype=torch.float64)
+    for step in range(50):
+        eta, _, lam = schedule(t, step)
+        for net, optimizer in ((ours, a), (theirs, b)):
+            net(x).square().mean().backward()
+            if optimizer is a:
+                optim.write(a, *optim.hyperparameters(t.optimizer, t.decay, eta, lam))
+            else:
+                b.param_groups[0]["lr"] = eta * 0.01
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, SGD | {"lr_in_buffer": True}, ADAM])
+def test_zero_lr_still_decays(optimizer: dict[str, Any]) -> None:
+    t = trial(optimizer=optimizer, decay={"name": "decoupled", "weight_decay": 0.1})
+    net = nn.Linear(3, 3).double()
+    before = net.weight.detach().clone()
+    built = optim.build(net.named_parameters(), t.optimizer, t.decay)
+    net(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    optim.write(built, 0.0, 0.25)
+    built.step()
+    torch.testing.assert_close(net.weight.detach(), 0.75 * before, rtol=1e-15, atol=0)
+
+
+def test_param_groups_cover_every_parameter_once() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    for decay in ({"name": "none"}, {"name": "l2", "weight_decay": 1.0, "exempt_1d": True}, {"name": "l2", "weight_decay": 1.0}):
+        groups = optim.param_groups(net.named_parameters(), trial(decay=decay).decay)
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in net.parameters())
+        for group in groups:
+            if group["decays"]:
+                assert decay["name"] != "none"
+                assert not decay.get("exempt_1d") or all(p.ndim > 1 for p in group["params"])
