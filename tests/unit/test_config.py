@@ -1,0 +1,133 @@
+"""Every mistake is named with its dotted key, its value, the constraint and a value that would work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from harness import config
+from harness.config import BadInput, Study, parse, read_yaml
+from tests.trials import trial
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"optimizer": {"name": "adam", "lr": 1, "lrr": 1}}, "optimizer.lrr: unknown key; did you mean 'lr'? valid: betas, eps, lr, name"),
+        ({"optimizer": {"name": "adam", "lr": -1}}, "optimizer.lr: -1 must be greater than 0; e.g. 0.001"),
+        ({"optimizer": {"name": "adam", "lr": "fast"}}, "optimizer.lr: 'fast' must be a valid number"),
+        ({"optimizer": {"name": "adam", "lr": True}}, "optimizer.lr: True must be a number; e.g. 0.001"),
+        ({"optimizer": {"name": "adam", "lr": float("inf")}}, "optimizer.lr: inf must be a finite number; e.g. 0.001"),
+        ({"optimizer": {"name": "adamw", "lr": 1}}, "optimizer.name: 'adamw' is not known; did you mean 'adam'? valid: sgd, adam"),
+        ({"optimizer": {"lr": 1}}, "optimizer.name: missing; valid: adam, sgd"),
+        ({"optimizer": {"name": "sgd"}}, "optimizer.lr: missing; e.g. 0.001"),
+        ({"optimizer": {"name": "adam", "lr": 1, "betas": [0.9, 1.2]}}, "optimizer.betas.1: 1.2 must be less than 1; e.g. [0.9, 0.999]"),
+        ({"decay": {"name": "none", "weight_decay": 1}}, "decay.weight_decay: unknown key; valid: name"),
+        ({"decay": {"name": "l2", "weight_decay": 1, "units": "torch"}}, "decay.units: unknown key; valid: exempt_1d, name, weight_decay"),
+        (
+            {"decay": {"name": "decoupled", "weight_decay": 1, "normalised": True, "units": "torch"}},
+            "decay.units: 'torch' has no meaning for normalised decay, which is always in paper units; leave units out",
+        ),
+        ({"budget": {"epochs": 0.001, "global_batch_size": 100}}, "budget.epochs: 0.001 is less than one optimizer step; e.g. 0.02857"),
+        (
+            {"budget": {"epochs": 1, "global_batch_size": 5000}},
+            "budget.global_batch_size: 5000 must be at most the 3500 samples trained on; e.g. 100",
+        ),
+        ({"backend": {"zero_stage": 3}}, "backend.zero_stage: 3 must be 0 or 1; e.g. 1"),
+        ({"data": {"holdout_samples": 4000}}, "workload.data.holdout_samples 4000 must be below train_samples 4000; e.g. 400"),
+        ({"cats": 1}, "cats: unknown key; valid: arm, backend, budget"),
+        ({"schedule": "cosine"}, "schedule: 'cosine' must be a valid dictionary"),
+    ],
+)
+def test_mistakes_in_a_trial(over: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        trial(**over)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"test: {message}")
+
+
+ARM = {"optimizer": {"name": "sgd"}, "schedule": {"name": "cosine"}}
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"arms": {"A": ARM | {"optimiser": {}}}}, "arms.A.optimiser: unknown key; did you mean 'optimizer'?"),
+        ({"arms": {"A": ARM | {"space": {"optimizer.lr": {"log": [1, 2]}}}}}, "arms.A.space.optimizer.lr: {'log': [1, 2]} must be {log_uniform"),
+        ({"arms": {"A": ARM | {"space": {"optimizer.lr": {"log_uniform": [2, 1]}}}}}, "arms.A.space.optimizer.lr.log_uniform: low 2 must be below high 1"),
+        ({"arms": {"A": ARM | {"space": {"optimizer.lr": {"log_uniform": [0, 1]}}}}}, "arms.A.space.optimizer.lr.log_uniform.0: 0 must be greater than 0"),
+        ({"arms": {}}, "arms: {} "),
+        ({"finalists": {"seeds": [0]}}, "finalists.seeds: [0] are search seeds too"),
+        ({"search": {"points": 0}}, "search.points: 0 must be greater than or equal to 1; e.g. 8"),
+        ({"sampler": {"name": "grid"}, "search": {"points": 3}}, "search.points has no meaning for sampler grid"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_study(over: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        parse(Study, {"name": "s", "workload": "mnist5k_cnn", "arms": {"A": ARM}} | over, "s.yaml")
+    assert str(error.value).startswith(f"s.yaml: {message}")
+
+
+def test_every_mistake_is_a_line() -> None:
+    with pytest.raises(BadInput) as error:
+        trial(optimizer={"name": "adam", "lr": -1, "eps": 0}, seed=-1)
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", "key 'a' is written twice"),
+        ("a: [1\n", "not valid YAML"),
+        ("- 1\n", "must be a mapping"),
+        ("!!python/object/apply:os.system [echo]\n", "not valid YAML"),
+        ("", "must be a mapping"),
+    ],
+)
+def test_unreadable_yaml(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(BadInput, match=message) as error:
+        read_yaml(tmp_path / "f.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_global_batch_and_micro_batch_must_divide() -> None:
+    t = trial(budget={"epochs": 1, "global_batch_size": 100})
+    assert [t.micro_batch_size(w) for w in (1, 2, 4, 5)] == [100, 50, 25, 20]
+    with pytest.raises(BadInput, match=r"global_batch_size: 100 is not divisible by 3 ranks; e.g. 99 or 102"):
+        t.micro_batch_size(3)
+    t = trial(budget={"epochs": 1, "global_batch_size": 100}, backend={"micro_batch_size": 20})
+    assert [t.micro_batch_size(w) for w in (1, 5)] == [20, 20]
+    with pytest.raises(BadInput, match=r"micro_batch_size: 20 does not divide the 50 samples .* e.g. 10"):
+        t.micro_batch_size(2)
+
+
+def test_model_names_are_those_of_models_py() -> None:
+    from harness import models
+
+    assert set(get_args(config.ModelName)) == set(models.BUILDERS)
+
+
+def test_frozen() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        trial().seed = 3  # type: ignore[misc]
+
+
+LOGIN_NODE = (
+    "harness.config harness.study harness.schedule harness.store harness.journal harness.tracking harness.data.index harness.data.order "
+    "launch.__main__ launch.submit launch.status launch.job analysis.runs analysis.estimate analysis.report"
+).split()
+
+
+def test_nothing_imports_torch_or_mlflow_on_the_login_node() -> None:
+    code = (
+        f"import sys, importlib\nfor m in {LOGIN_NODE}: importlib.import_module(m)\n"
+        "bad = sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'deepspeed', 'mlflow', 'torchvision'))\n"
+        "assert not bad, bad[:3]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,207 @@
+"""Ids that name results, points that do not move, finalists that wait for the holdout."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from harness import study
+from harness.config import BadInput
+from tests.trials import trial
+
+DEMO = Path("configs/study/demo.yaml")
+
+
+def written(tmp_path: Path, document: dict[str, Any], name: str = "s") -> Path:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.fixture
+def demo() -> dict[str, Any]:
+    return yaml.safe_load(DEMO.read_text())
+
+
+def ids(path: Path, *overrides: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for p in study.planned(study.load(path, overrides), {}):
+        if p.trial is not None:
+            found.setdefault(p.arm, []).append(p.trial.trial_id)
+    return found
+
+
+def test_the_id_is_the_same_for_ever_and_in_every_process() -> None:
+    assert trial().trial_id == "8e29507d500f"  # a change here renames every result that users have
+    code = "from tests.trials import trial; print(trial().trial_id)"
+    for salt in ("0", "1"):
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": salt})
+        assert out.stdout.strip() == "8e29507d500f", out.stderr
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"seed": 1},
+        {"optimizer": {"name": "adam", "lr": 2e-3}},
+        {"optimizer": {"name": "adam", "lr": 1e-3, "eps": 1e-6}},
+        {"decay": {"name": "decoupled", "weight_decay": 0.05}},
+        {"decay": {"name": "decoupled", "weight_decay": 0.05, "normalised": True, "exempt_1d": True}},
+        {"schedule": {"name": "cosine_restarts", "t_0": 1, "t_mult": 3}},
+        {"budget": {"epochs": 7, "global_batch_size": 50}},
+        {"recipe": {"label_smoothing": 0.1}},
+        {"recipe": {"precision": "bf16"}},
+        {"data": {"holdout_samples": 400}},
+        {"data": {"name": "other"}},
+    ],
+)
+def test_what_defines_the_result_changes_the_id(over: dict[str, Any]) -> None:
+    assert trial(**over).trial_id != trial().trial_id
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"arm": "B"},
+        {"phase": "finalists"},
+        {"study": "other"},
+        {"backend": {"zero_stage": 1, "micro_batch_size": 10}},
+        {"evaluation": {"log_every_steps": 3}},
+        {"checkpoint": {"keep": 9}},
+        {"data": {"path": "/elsewhere"}},
+        {"optimizer": {"name": "adam", "lr": 0.001, "eps": 1e-8, "betas": [0.9, 0.999]}},  # defaults, written out
+        {"schedule": {"name": "cosine_restarts", "t_0": 1.0, "t_mult": 2.0, "warmup_epochs": 0}},
+        {"budget": {"epochs": 7.0, "global_batch_size": 100}},
+    ],
+)
+def test_what_does_not_keeps_it(over: dict[str, Any]) -> None:
+    assert trial(**over).trial_id == trial().trial_id
+
+
+@pytest.mark.parametrize("sampler", ["sobol", "halton"])
+def test_more_points_seeds_or_arms_change_no_existing_id(tmp_path: Path, demo: dict[str, Any], sampler: str) -> None:
+    demo["sampler"] = {"name": sampler}
+    before = ids(written(tmp_path, demo))
+    more = copy.deepcopy(demo)
+    more["search"] = {"points": 11, "seeds": 2}
+    more["arms"] = {"New": copy.deepcopy(demo["arms"]["SGDWR"]) | {"schedule": {"name": "cosine"}}} | more["arms"]
+    after = ids(written(tmp_path, more))
+    for arm, old in before.items():
+        assert [i for i in after[arm] if i in old] == old  # all there, in the same order
+        assert after[arm][::2][: len(old)] == old  # the prefix property: seed 0 of the first points
+        assert len(after[arm]) == 22
+
+
+def test_arms_draw_different_points_and_values_are_within_the_box(demo: dict[str, Any], tmp_path: Path) -> None:
+    demo["search"]["points"] = 64
+    planned = [p.trial for p in study.planned(study.load(written(tmp_path, demo)), {}) if p.trial]
+    lr = {arm: [t.optimizer.lr for t in planned if t.arm == arm] for arm in ("AdamWR", "SGDWR")}
+    assert all(0.001 <= v <= 0.01 for v in lr["AdamWR"])
+    assert all(0.01 <= v <= 0.1 for v in lr["SGDWR"])
+    assert max(abs(a / 0.001 - b / 0.01) for a, b in zip(lr["AdamWR"], lr["SGDWR"], strict=True)) > 0.1
+    assert len({round(v, 12) for v in lr["AdamWR"]}) == 64
+
+
+def test_a_grid_is_the_product_of_its_axes(tmp_path: Path, demo: dict[str, Any]) -> None:
+    demo |= {"sampler": {"name": "grid"}, "search": {"seeds": 2}}
+    del demo["finalists"]
+    for arm in demo["arms"].values():
+        arm["space"] = {"optimizer.lr": {"log_uniform": [0.001, 0.1], "num": 3}, "decay.weight_decay": {"choice": [0, 0.1]}}
+    trials = [p.trial for p in study.planned(study.load(written(tmp_path, demo)), {}) if p.trial]
+    assert len(trials) == 2 * 6 * 2
+    assert {t.optimizer.lr for t in trials} == {0.001, 0.01, 0.1}
+
+
+def test_finalists_wait_for_the_whole_search_and_are_the_best_by_mean_holdout(tmp_path: Path, demo: dict[str, Any]) -> None:
+    demo["search"] = {"points": 3, "seeds": 2}
+    demo["finalists"] = {"top": 2, "seeds": 2}
+    loaded = study.load(written(tmp_path, demo))
+    search = [p.trial for p in study.planned(loaded, {}) if p.arm == "AdamWR" and p.trial]
+    assert len(search) == 6
+    values = [0.5, 0.9, 0.8, 0.7, 0.6, 0.6]  # means 0.7, 0.75, 0.6
+    results: dict[str, float | None] = {t.trial_id: v for t, v in zip(search, values, strict=True)}
+
+    def finalists(known: dict[str, float | None]) -> list[study.Planned]:
+        return [p for p in study.planned(loaded, known) if p.arm == "AdamWR" and p.phase == "finalists"]
+
+    partial = dict(list(results.items())[:-1])
+    assert [p.trial for p in finalists(partial)] == [None] * 4
+    chosen = finalists(results)
+    assert [(p.seed, p.trial.optimizer.lr) for p in chosen if p.trial] == [
+        (1000, search[2].optimizer.lr), (1001, search[2].optimizer.lr), (1000, search[0].optimizer.lr), (1001, search[0].optimizer.lr),
+    ]  # fmt: skip
+    assert all(p.trial is None for p in study.planned(loaded, results) if p.arm == "SGDWR" and p.phase == "finalists")
+    results[search[2].trial_id] = None  # failed or diverged: ranks last, never first
+    assert [p.trial.optimizer.lr for p in finalists(results) if p.trial][::2] == [search[0].optimizer.lr, search[4].optimizer.lr]
+    assert all(p.trial is None for p in finalists(dict.fromkeys(results)))
+
+
+def test_seed_0_of_every_arm_sees_the_same_data_and_initial_weights_by_construction() -> None:
+    """Nothing but the seed reaches order, augmentation and initial weights: their functions take no arm."""
+    loaded = study.load(DEMO)
+    for p in study.planned(loaded, {}):
+        assert p.trial is None or p.trial.seed == p.seed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("arms.AdamWR.optimizer.momentum=0.9", "arms.AdamWR.optimizer.momentum: unknown key; valid: betas, eps, lr, name"),
+        ("arms.AdamWR.foo=1", "arms.AdamWR.foo: unknown key; valid: decay, optimizer, schedule, space"),
+        ("arms.AdamWR.optimizer.name=adamw", "arms.AdamWR.optimizer.name: 'adamw' is not known"),
+        ("arms.AdamWR.space.optimizer.foo.log_uniform=[1,2]", "arms.AdamWR.space.optimizer.foo: unknown key; valid: betas"),
+        ("arms.SGDWR.space.optimizer.momentum.uniform=[0.5,1.5]", "arms.SGDWR.space.optimizer.momentum: 1"),
+        ("workload=imagenet", "workload: 'imagenet' is not in configs/workload; valid: mnist5k_cnn"),
+        ("workload.data.holdout_samples=9999", "data.holdout_samples 9999 must be below train_samples 4000"),
+        ("budget.epoch=3", "budget.epoch: unknown key; did you mean 'epochs'?"),
+        ("ranks=3", "budget.global_batch_size: 100 is not divisible by 3 ranks; e.g. 99 or 102"),
+        ("search.points=null", "search.points: missing; arm AdamWR has a space to search; e.g. 8"),
+        ("nonsense", "--set 'nonsense': must be KEY=VALUE"),
+        ("backend.name=horovod", "backend.name: 'horovod' must be 'ddp'"),
+    ],
+)
+def test_mistakes_are_named_where_the_user_wrote_them(override: str, message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        study.load(DEMO, [override])
+    assert message in str(error.value).splitlines()[0], str(error.value)
+
+
+def test_two_arms_with_one_trial_are_refused(tmp_path: Path, demo: dict[str, Any]) -> None:
+    fixed = {"optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"name": "cosine"}}
+    with pytest.raises(BadInput, match=r"arms.B: its trial [0-9a-f]{12} \(seed 0\) is also one of arm A"):
+        study.load(written(tmp_path, demo | {"arms": {"A": fixed, "B": fixed}}))
+
+
+def test_overrides_reach_the_trial() -> None:
+    loaded = study.load(DEMO, ["budget.epochs=3", "workload.recipe.label_smoothing=0.1", "backend.zero_stage=1"])
+    first = study.planned(loaded, {})[0].trial
+    assert first is not None
+    assert (first.budget.epochs, first.budget.global_batch_size) == (3, 100)
+    assert (first.workload.recipe.label_smoothing, first.workload.recipe.translate) == (0.1, 2)
+    assert first.backend.zero_stage == 1
+
+
+def test_the_stored_study_says_the_same(tmp_path: Path) -> None:
+    """runs/STUDY/study.yaml is the study as resolved, overrides included: loading it gives the same ids."""
+    loaded = study.load(DEMO, ["budget.epochs=3"])
+    stored = tmp_path / "study.yaml"
+    stored.write_text(loaded.text())
+    again = study.load(stored)
+    assert json.dumps([p.trial.identity() for p in study.planned(again, {}) if p.trial]) == json.dumps(
+        [p.trial.identity() for p in study.planned(loaded, {}) if p.trial]
+    )
+
+
+def test_a_budget_that_cuts_a_cycle_is_warned_of() -> None:
+    assert study.warnings(study.load(DEMO)) == []
+    lines = study.warnings(study.load(DEMO, ["budget.epochs=5"]))
+    assert lines[0] == "budget.epochs: 5 cuts cycle 3 of AdamWR, which ends at epoch 7; budgets that end a cycle: 3 or 7"
+    assert len(lines) == 2
