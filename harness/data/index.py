@@ -1,0 +1,258 @@
+"""The sidecar index of a set of shards: where every sample lies, its label, its checksum, its place in the holdout order.
+
+One file, `index.npz`: a zip of plain NumPy arrays (an entry a sample) and of `manifest.json` (an entry a shard), so that
+it loads in a fraction of a second for a million samples, needs no pickle, and `unzip -p index.npz manifest.json` reads it.
+A sample's *number* is its place in the index: shards by name, then the order inside the shard. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.config import BadInput, Data
+
+NAME = "index.npz"
+FORMAT = "wrbench shard index"
+VERSION = 1
+COLUMNS = ("key", "shard", "offset", "size", "extension", "label", "crc32", "holdout_rank")
+
+IntArray = npt.NDArray[np.int64]
+
+
+class CorruptSample(BadInput):
+    """A sample fails its checksum, cannot be decoded, or has a label outside the classes; names shard and key."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    """path below the folder of the shards, with forward slashes"""
+    split: str
+    """train | val"""
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample, as the index is made from."""
+
+    key: str
+    extension: str
+    """of the image, lower case: png, jpg, jpeg"""
+    offset: int
+    """of the image's first byte in the shard"""
+    size: int
+    """of the image in bytes"""
+    label: int
+    crc32: int
+    """of the image's bytes"""
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Arrays have one entry a sample, in the order of the sample numbers."""
+
+    folder: Path
+    """the shards lie here"""
+    shards: tuple[Shard, ...]
+    extensions: tuple[str, ...]
+    sha256: str
+    """identity of the samples: split, key, label, size and crc32 of each, in order; not of how they are packed in shards"""
+    key: npt.NDArray[np.bytes_]
+    shard: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    extension: npt.NDArray[np.uint8]
+    label: npt.NDArray[np.int64]
+    crc32: npt.NDArray[np.uint32]
+    holdout_rank: npt.NDArray[np.int64]
+    """train samples: place in the order of the SHA-256 of their keys; -1 for val"""
+
+    # ------------------------------------------------------------------------------------------------ views
+
+    def train(self, holdout_samples: int) -> IntArray:
+        """Numbers of the samples trained on, ascending: all of train but the first `holdout_samples` of the holdout order."""
+        return np.flatnonzero(self.holdout_rank >= holdout_samples)
+
+    def holdout(self, samples: int) -> IntArray:
+        """Numbers of the holdout, ascending. A larger holdout contains every smaller one."""
+        return np.flatnonzero((self.holdout_rank >= 0) & (self.holdout_rank < samples))
+
+    def val(self) -> IntArray:
+        """Numbers of the reported split, ascending."""
+        return np.flatnonzero(self.holdout_rank < 0)
+
+    def where(self, number: int) -> str:
+        """`FOLDER/SHARD: sample KEY`, for messages."""
+        return f"{self.folder / self.shards[self.shard[number]].name}: sample {self.key[number].decode()}"
+
+    # ----------------------------------------------------------------------------------------------- checks
+
+    def check(self, data: Data) -> None:
+        """BadInput unless the shards are the ones that `data` describes; a line a mistake.
+
+        A label outside the classes is left to the reader where data.on_corrupt lets it be substituted: in training.
+        """
+        lines = self.changed_files()
+        trained = self.train(data.holdout_samples)
+        for key, samples, split in (("train_samples", data.train_samples, "train"), ("val_samples", data.val_samples, "val")):
+            held = sum(s.samples for s in self.shards if s.split == split)
+            if held != samples:
+                lines.append(f"workload.data.{key}: {samples}, but {self.folder} holds {held}; write {held}, or another path")
+        inside = (self.label >= 0) & (self.label < data.num_classes)
+        classes = len(np.unique(self.label[inside & (self.holdout_rank >= 0)]))
+        if classes != data.num_classes:
+            lines.append(
+                f"workload.data.num_classes: {data.num_classes}, but {self.folder} has training samples of only {classes} of the "
+                f"labels 0..{data.num_classes - 1}; give the number of classes of this data"
+            )
+        if data.on_corrupt == "substitute":
+            inside[trained] = True
+        outside = np.flatnonzero(~inside)
+        if len(outside):
+            more = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
+            lines.append(f"{self.label_fault(int(outside[0]), data.num_classes)}{more}")
+        if lines:
+            raise BadInput("\n".join(lines))
+
+    def label_fault(self, number: int, num_classes: int) -> str:
+        return (
+            f"{self.where(number)}: label {self.label[number]} is outside 0..{num_classes - 1} (workload.data.num_classes "
+            f"{num_classes}); correct its .cls and run: wrbench shards index {self.folder}"
+        )
+
+    def changed_files(self) -> list[str]:
+        """A line for every shard that is missing or whose size is not the indexed one."""
+        lines = []
+        for shard in self.shards:
+            path = self.folder / shard.name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                lines.append(f"{path}: {error.strerror or error}, but it is in the index; restore it or index again")
+                continue
+            if size != shard.bytes:
+                what = "truncated" if size < shard.bytes else "changed since it was indexed"
+                lines.append(f"{path}: {what}: {size} bytes, {shard.bytes} in the index; restore it, or see: wrbench shards verify")
+        return lines
+
+    # ---------------------------------------------------------------------------------------- make and keep
+
+    @classmethod
+    def make(cls, folder: Path, shards: Sequence[Shard], entries: Sequence[Entry]) -> Index:
+        """`entries` shard after shard, as `shards` counts them."""
+        extensions = tuple(sorted({e.extension for e in entries}))
+        shard = np.repeat(np.arange(len(shards), dtype=np.int32), [s.samples for s in shards])
+        is_val = np.array([s.split == "val" for s in shards], dtype=bool)[shard]
+        key = np.array([e.key.encode() for e in entries], dtype=np.bytes_)
+        columns: dict[str, Any] = {
+            "offset": np.array([e.offset for e in entries], dtype=np.int64),
+            "size": np.array([e.size for e in entries], dtype=np.int64),
+            "label": np.array([e.label for e in entries], dtype=np.int64),
+            "crc32": np.array([e.crc32 for e in entries], dtype=np.uint32),
+        }
+        digest = hashlib.sha256(f"{FORMAT}\n".encode())
+        for column in (is_val, *(columns[name] for name in ("label", "size", "crc32"))):
+            digest.update(np.ascontiguousarray(column).astype("<i8").tobytes())
+        digest.update(b"\n".join(key.tolist()))
+        return cls(
+            folder=folder,
+            shards=tuple(shards),
+            extensions=extensions,
+            sha256=digest.hexdigest(),
+            key=key,
+            shard=shard,
+            extension=np.array([extensions.index(e.extension) for e in entries], dtype=np.uint8),
+            holdout_rank=_holdout_rank(key, is_val),
+            **columns,
+        )
+
+    def write(self, path: Path) -> None:
+        """The whole index at `path`, or what was there before."""
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "folder": "." if self.folder.resolve() == path.parent.resolve() else str(self.folder.resolve()),
+            "sha256": self.sha256,
+            "extensions": self.extensions,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                with zipfile.ZipFile(file, "w") as archive:
+                    _add(archive, "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+                    for column in COLUMNS:
+                        _add(archive, f"{column}.npy", getattr(self, column))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Index:
+        """The index in folder `path`, or the index file itself; BadInput when there is none that this version reads."""
+        file = path / NAME if path.is_dir() else path
+        if not file.is_file():
+            raise BadInput(f"{_missing(path)}, or set workload.data.path")
+        remedy = f"write it again with: wrbench shards index {file.parent}"
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                manifest: dict[str, Any] = json.loads(archive["manifest.json"])
+                if manifest["format"] != FORMAT:
+                    raise KeyError("format")
+                if manifest["version"] != VERSION:
+                    raise BadInput(f"{file}: is of index version {manifest['version']}, this wrbench reads {VERSION}; {remedy}")
+                columns = {column: archive[column] for column in COLUMNS}
+        except BadInput:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadInput(f"{file}: is damaged or no index of shards ({type(error).__name__}); {remedy}") from None
+        return cls(
+            folder=file.parent / manifest["folder"],
+            shards=tuple(Shard(**shard) for shard in manifest["shards"]),
+            extensions=tuple(manifest["extensions"]),
+            sha256=manifest["sha256"],
+            **columns,
+        )
+
+
+def _holdout_rank(key: npt.NDArray[np.bytes_], is_val: npt.NDArray[np.bool_]) -> IntArray:
+    rank = np.full(len(key), -1, dtype=np.int64)
+    train = np.flatnonzero(~is_val)
+    hashes = [int.from_bytes(hashlib.sha256(k).digest()[:8], "big") for k in key[train].tolist()]
+    rank[train[np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")]] = np.arange(len(train))
+    return rank
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes | npt.NDArray[Any]) -> None:
+    """A compressed member with a fixed date: the same index is the same bytes."""
+    info = zipfile.ZipInfo(name)
+    info.compress_type = zipfile.ZIP_DEFLATED
+    with archive.open(info, "w", force_zip64=True) as member:
+        if isinstance(content, bytes):
+            member.write(content)
+        else:
+            np.lib.format.write_array(member, content, version=(1, 0), allow_pickle=False)
+
+
+def _missing(path: Path) -> str:
+    if not path.exists():
+        return f"{path}: no such folder; build shards there, e.g. wrbench shards build mnist5k --out {path}"
+    if not any(path.rglob("*.tar")):
+        return f"{path}: holds no shards; build them in a new folder, e.g. wrbench shards build mnist5k --out {path / 'mnist5k'}"
+    return f"{path}: the shards have no index; write one with: wrbench shards index {path}"

@@ -1,0 +1,98 @@
+"""The sample order and the augmentation draws are pure functions of (seed, epoch, n)."""
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from harness.data import order
+
+
+def digest(array):
+    return hashlib.sha256(np.asarray(array, dtype="<i8").tobytes()).hexdigest()[:16]
+
+
+GOLDEN_SMALL = [3, 8, 5, 9, 6, 0, 7, 1, 4, 2]
+GOLDEN_ORDER = "eb3862876cb9999e"
+GOLDEN_AUGMENTATION = "0ebc046afe9d645a"
+
+
+def test_golden_values():
+    """The same in every process, on every machine, with every version of NumPy: a stored study can be continued."""
+    assert order.permutation(0, 0, 10).tolist() == GOLDEN_SMALL
+    assert digest(order.permutation(7, 3, 3500)) == GOLDEN_ORDER
+    draws = order.augmentation(7, 3, 3500, 2)
+    assert digest(np.stack([draws.dx, draws.dy, draws.flip])) == GOLDEN_AUGMENTATION
+
+
+def test_an_epoch_is_a_permutation_and_its_batches_are_its_prefix():
+    n, batch, per_epoch = 107, 10, 10
+    for epoch in range(3):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        seen = np.concatenate([order.batch_positions(5, s, per_epoch, batch, n) for s in steps])
+        assert seen.tolist() == order.permutation(5, epoch, n)[:100].tolist()
+        assert len(set(seen.tolist())) == 100
+    assert sorted(order.permutation(5, 0, n).tolist()) == list(range(n))
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    orders = {tuple(order.permutation(seed, epoch, 50).tolist()) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+def test_every_place_is_equally_likely():
+    """Chi-square of the place of each sample, 2000 epochs: 81 degrees of freedom, far below the 1e-6 quantile."""
+    counts = np.zeros((10, 10))
+    for epoch in range(2000):
+        counts[np.arange(10), order.permutation(1, epoch, 10)] += 1
+    assert ((counts - 200) ** 2 / 200).sum() < 160
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_parts_by_rank_are_the_global_batch(world_size):
+    positions = order.batch_positions(3, 17, 4, 24, 100)
+    parts = [order.share(positions, rank, world_size) for rank in range(world_size)]
+    assert np.concatenate(parts).tolist() == positions.tolist()
+    assert {len(p) for p in parts} == {24 // world_size}
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        order.batch_positions(0, 0, 11, 10, 107)
+    with pytest.raises(ValueError, match="no equal parts"):
+        order.share(np.arange(10), 0, 3)
+
+
+def test_augmentation_is_uniform_within_its_bounds_and_independent_of_the_order():
+    n, translate = 50_000, 2
+    draws = order.augmentation(11, 0, n, translate)
+    for shift in (draws.dx, draws.dy):
+        values, counts = np.unique(shift, return_counts=True)
+        assert values.tolist() == [-2, -1, 0, 1, 2]
+        assert np.abs(counts / n - 0.2).max() < 0.01
+    assert abs(draws.flip.mean() - 0.5) < 0.01
+    place = np.argsort(order.permutation(11, 0, n))
+    columns = np.stack([draws.dx, draws.dy, draws.flip, place]).astype(float)
+    assert np.abs(np.corrcoef(columns) - np.eye(4)).max() < 0.02
+
+
+def test_augmentation_of_a_sample_does_not_depend_on_how_many_there_are():
+    few, many = order.augmentation(2, 1, 100, 3), order.augmentation(2, 1, 1000, 3)
+    assert all((a == b[:100]).all() for a, b in zip(few, many, strict=True))
+    assert not (few.dx == order.augmentation(2, 2, 100, 3).dx).all()
+    assert not (few.dx == order.augmentation(3, 1, 100, 3).dx).all()
+    assert not order.augmentation(2, 1, 100, 0).dx.any()
+
+
+def test_cached_arrays_cannot_be_changed_by_a_caller():
+    with pytest.raises(ValueError, match="read-only"):
+        order.batch_positions(0, 0, 1, 10, 10)[0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        order.augmentation(0, 0, 10, 1).dx[0] = 1
+
+
+def test_the_torch_free_half_is_free_of_torch():
+    code = "import sys, harness.data.index, harness.data.order, harness.data.shards; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
