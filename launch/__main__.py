@@ -1,0 +1,289 @@
+"""The command line: options in, one call, an exit status out.
+
+0 done, 1 the thing asked for failed, 2 bad input, 130 interrupted. Errors are one line each on stderr.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from harness import study as studies
+from harness import tracking
+from harness.config import CONFIGS, BadInput, Cluster, Trial, find, parse, read_yaml
+from harness.store import Store
+from harness.study import LoadedStudy
+from harness.tracking import DeliveryError
+from launch import plan as plans
+from launch import status as statuses
+from launch import submit as submissions
+from launch.terminal import console
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="AdamWR against SGDWR, measured.")
+study = typer.Typer(no_args_is_help=True, help="Plan, run and watch a study.")
+shards = typer.Typer(no_args_is_help=True, help="Build, index and verify shards of images.")
+app.add_typer(study, name="study")
+app.add_typer(shards, name="shards")
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="a study file, or a name in configs/study")]
+StoreOption = Annotated[Path, typer.Option("--store", help="folder of all runs")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override by dotted key; repeatable")]
+ClusterOption = Annotated[str, typer.Option("--cluster", metavar="NAME|PATH", help="a name in configs/cluster, or a path")]
+JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]
+RUNS = Path("./runs")
+
+UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of click, by its version
+
+
+def main() -> None:
+    """Entry point of `wrbench`."""
+    sys.exit(run(app))
+
+
+def run(commands: typer.Typer) -> int:
+    """The exit status of the command in sys.argv."""
+    try:
+        return int(commands(prog_name="wrbench", standalone_mode=False) or 0)
+    except BadInput as error:
+        return _complain(str(error), 2)
+    except DeliveryError as error:
+        return _complain(str(error), 1)
+    except UsageError as error:
+        return _complain(f"{error.format_message()} (see --help)", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:  # `wrbench ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _complain(message: str, status: int) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+def _load(file: str, overrides: Sequence[str] | None) -> LoadedStudy:
+    return studies.load(find("study", file), overrides or ())
+
+
+def _cluster(name: str) -> Cluster:
+    path = find("cluster", name)
+    return parse(Cluster, read_yaml(path), str(path))
+
+
+# ---------------------------------------------------------------------------------------------------- study
+
+
+@study.command("plan")
+def plan(
+    file: File,
+    as_json: JsonOption = False,
+    schedule: Annotated[bool, typer.Option("--schedule", help="also eta, lr and weight decay by step")] = False,
+    cluster: ClusterOption = "local",
+    overrides: SetOption = None,
+    store: StoreOption = RUNS,
+) -> None:
+    """Trials, steps, cycle ends and estimated cost, without starting anything."""
+    loaded, where = _load(file, overrides), _cluster(cluster)
+    if as_json:
+        print(json.dumps(plans.as_json(loaded, Store(store), where, schedule), indent=2))
+        return
+    plans.show(console(), loaded, Store(store), where, schedule)
+    _warn(loaded)
+
+
+def _warn(loaded: LoadedStudy) -> None:
+    for warning in plans.plan_warnings(loaded):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+@study.command("submit")
+def submit(
+    file: File,
+    cluster: ClusterOption = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be submitted, and stop")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="go on in the background and return at once")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="failed trials too")] = False,
+    phase: Annotated[Literal["search", "finalists"] | None, typer.Option("--phase", help="only this phase")] = None,
+    overrides: SetOption = None,
+    store: StoreOption = RUNS,
+) -> int:
+    """Run what is missing of a study; trials that are finished or running are left alone."""
+    loaded, where, kept = _load(file, overrides), _cluster(cluster), Store(store)
+    if dry_run:
+        print("\n".join(submissions.dry_run(loaded, kept, phase, retry)))
+        _warn(loaded)
+        return 0
+    if detach:
+        print(submissions.detach(loaded, kept, where, [a for a in sys.argv[1:] if a != "--detach"]))
+        return 0
+    return submissions.submit(loaded, kept, where, phase=phase, retry=retry, again=f"wrbench {shlex.join(sys.argv[1:])}")
+
+
+@study.command("status")
+def status(
+    file: File,
+    watch: Annotated[bool, typer.Option("--watch", help="redraw until every trial has ended")] = False,
+    as_json: JsonOption = False,
+    overrides: SetOption = None,
+    store: StoreOption = RUNS,
+) -> None:
+    """Where every trial of a study stands."""
+    loaded = _load(file, overrides)
+    if as_json:
+        found = [asdict(row) for row in statuses.rows(loaded, Store(store))]
+        print(json.dumps({"study": loaded.name, "trials": found}, indent=2))
+    else:
+        statuses.show(loaded, Store(store), watch)
+
+
+@study.command("cancel")
+def cancel(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> None:
+    """Stop a study; running trials save themselves first."""
+    loaded = _load(file, overrides)
+    print("\n".join(submissions.cancel(loaded, Store(store))) or f"nothing of {loaded.name} is running")
+
+
+@study.command("logs")
+def logs(
+    file: File,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="a trial id, or its beginning")],
+    overrides: SetOption = None,
+    store: StoreOption = RUNS,
+) -> None:
+    """The ends of the newest logs of a trial, rank by rank."""
+    print("\n".join(statuses.logs(statuses.find_trial(_load(file, overrides), Store(store), trial))))
+
+
+# ---------------------------------------------------------------------------------------------------- trial
+
+
+@app.command("train")
+def train(file: Annotated[Path, typer.Argument(metavar="TRIAL.yaml", help="a resolved trial")], store: StoreOption = RUNS) -> int:
+    """One trial in this process, or in every rank of torchrun or srun."""
+    from harness.data.index import Index
+
+    trial = parse(Trial, read_yaml(file), str(file))
+    kept = Store(store)
+    kept.check_writable()
+    trial.micro_batch_size(int(os.environ.get("WORLD_SIZE", "1")))
+    Index.load(trial.workload.data.path).check(trial.workload.data)
+    from harness.train import train
+
+    result = train(trial, kept)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{statuses.label(trial)}: {result['state']} at step {result['step']} of {result['total_steps']}")
+        print(kept.trial(trial.study, trial.trial_id).path)
+    return 130 if result["state"] == "interrupted" else 0
+
+
+# --------------------------------------------------------------------------------------------------- shards
+
+
+@shards.command("build")
+def build(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="mnist5k")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="a new or empty folder")],
+    src: Annotated[Path | None, typer.Argument(metavar="[SRC]", help="where the images are, for kinds that need them")] = None,
+) -> None:
+    """Standard WebDataset shards and their index."""
+    from harness.data import shards as library
+
+    print(library.build(kind, src, out))
+
+
+@shards.command("index")
+def index(
+    path: Annotated[Path, typer.Argument(help="folder of the shards")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where the index goes, if not beside the shards")] = None,
+) -> None:
+    """Write the index of shards that are there."""
+    from harness.data import shards as library
+
+    made = library.index_shards(path, out)
+    print(f"{out or path}: {len(made.key)} samples in {len(made.shards)} shards")
+
+
+@shards.command("verify")
+def verify(path: Annotated[Path, typer.Argument(help="folder of the shards, or an index file")]) -> int:
+    """Read and decode every sample; exit 1 when something is wrong."""
+    from harness.data import shards as library
+
+    found = library.verify(path)
+    faults = [f for f in found if f.severity == "fault"]
+    for finding in found:
+        print(f"{'error: ' if finding in faults else ''}{finding}", file=sys.stderr if finding in faults else sys.stdout)
+    print(f"{path}: {len(faults)} fault(s), {len(found) - len(faults)} warning(s)")
+    return 1 if faults else 0
+
+
+# -------------------------------------------------------------------------------------------------- results
+
+
+@app.command("sync")
+def sync(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> int:
+    """Deliver to MLflow what is missing there."""
+    undelivered = _undelivered(_load(file, overrides), Store(store))
+    return _complain("\n".join(undelivered), 1) if undelivered else 0
+
+
+def _undelivered(loaded: LoadedStudy, store: Store) -> list[str]:
+    """Delivers; a line for whatever MLflow lacks nevertheless."""
+    sent, missing = tracking.sync(store, loaded.name)
+    print(f"{loaded.name}: delivered {sent.points} points of {sent.trials} trials")
+    return [*sent.failed, *(f"{m.trial_id}: not in MLflow: {m.reason}" for m in missing)]
+
+
+@app.command("report")
+def report(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> int:
+    """Tables, figures and the comparison of a study."""
+    from analysis import report as reports
+    from analysis.runs import Unreadable
+
+    loaded, kept = _load(file, overrides), Store(store)
+    try:
+        undelivered = _undelivered(loaded, kept)
+    except DeliveryError as error:
+        undelivered = [str(error)]
+    try:
+        print(reports.report(loaded, kept.root, undelivered=undelivered))
+    except Unreadable as error:
+        return _complain(str(error), 1)
+    return _complain("\n".join(undelivered), 1) if undelivered else 0
+
+
+@app.command("ui")
+def ui(port: Annotated[int, typer.Option(help="on 127.0.0.1")] = 5000, store: StoreOption = RUNS) -> None:
+    """MLflow's UI on the store."""
+    tracking.open_ui(Store(store), port)
+
+
+@app.command("notebook")
+def notebook() -> None:
+    """Open the notebooks that read results."""
+    if importlib.util.find_spec("notebook") is None:
+        raise typer.Exit(_complain("jupyter notebook is not installed; make setup, or pip install -e '.[notebook]'", 1))
+    folder = CONFIGS.parent / "analysis" / "notebooks"
+    os.execv(sys.executable, [sys.executable, "-m", "notebook", "--ip=127.0.0.1", f"--notebook-dir={folder}"])  # noqa: S606
+
+
+@app.command("doctor")
+def doctor(store: StoreOption = RUNS) -> int:
+    """What is here of what wrbench needs, and how to get the rest."""
+    from launch import doctor as doctors
+
+    return 0 if doctors.show(console(), Store(store)) else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""What this machine has of what wrbench needs, and the command that brings what it has not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from harness.config import CONFIGS, BadInput, WorkloadFile, parse, read_yaml
+from harness.data.index import Index
+from harness.store import Store
+from harness.tracking import check_store, redacted, tracking_uri
+from launch.submit import visible_gpus
+
+INSTALL = "make setup"
+_TORCH = """
+import json, torch
+found = {"version": torch.__version__, "build": "CUDA " + torch.version.cuda if torch.version.cuda else "CPU", "gpus": []}
+if torch.cuda.is_available():
+    found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+print(json.dumps(found))
+"""
+_TORCHVISION = "from harness.vision import torchvision; import json; print(json.dumps({'version': torchvision().__version__}))"
+_DEEPSPEED = "import deepspeed, json; print(json.dumps({'version': deepspeed.__version__}))"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor."""
+
+    name: str
+    ok: bool
+    text: str
+    fix: str = ""
+    required: bool = False
+
+
+def show(out: Console, store: Store) -> bool:
+    """Prints what is found, as it is found; whether everything required is there."""
+    healthy = True
+    for finding in findings(store):
+        mark = ("ok", "green") if finding.ok else ("MISSING", "red") if finding.required else ("missing", "yellow")
+        line = Text.assemble((f"{mark[0]:<8}", mark[1]), (f"{finding.name:<12}", "bold"), finding.text)
+        out.print(line, soft_wrap=True)
+        if finding.fix:
+            out.print(f"{'':20}fix: {finding.fix}", soft_wrap=True, markup=False)
+        healthy = healthy and (finding.ok or not finding.required)
+    return healthy
+
+
+def findings(store: Store) -> Iterator[Finding]:
+    """Everything looked at, in order; torch only in child processes, which may crash without harm."""
+    yield _python()
+    yield from _torch()
+    yield _child("torchvision", _TORCHVISION, required=True, meaning="models and image transforms")
+    yield _child("deepspeed", _DEEPSPEED, required=False, meaning="the DeepSpeed backend")
+    yield _package("submitit", "starts the ranks of a trial")
+    yield _package("mlflow", "tracking and its UI")
+    yield _tracking(store)
+    yield _slurm()
+    yield _decoding()
+    yield from _shards()
+
+
+def _python() -> Finding:
+    ok = sys.version_info >= (3, 11)
+    return Finding("python", ok, f"{sys.version.split()[0]} at {sys.executable}", "" if ok else "install Python 3.11 or later", True)
+
+
+def _probe(code: str) -> tuple[dict[str, object] | None, str]:
+    """What `code` prints as JSON in a child process, or None and the last line of its complaint."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CONFIGS.parent), os.environ.get("PYTHONPATH", "")])}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    except subprocess.TimeoutExpired:
+        return None, "no answer within 180 s"
+    if done.returncode:
+        return None, (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+    found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found, ""
+
+
+def _torch() -> Iterator[Finding]:
+    found, complaint = _probe(_TORCH)
+    if found is None:
+        yield Finding("torch", False, complaint, INSTALL, True)
+        return
+    version = str(found["version"])
+    ok = tuple(int(n) for n in version.split(".")[:2]) >= (2, 11)
+    yield Finding("torch", ok, f"{version}, {found['build']} build", "" if ok else INSTALL, True)
+    gpus, driver = found["gpus"], _gpus_of_the_driver()
+    if isinstance(gpus, list) and gpus:
+        yield Finding("GPUs", True, f"{len(gpus)}: {', '.join(dict.fromkeys(map(str, gpus)))}")
+    elif driver:
+        fix = "install a CUDA build of torch and its torchvision"
+        yield Finding("GPUs", False, f"{driver} in the machine, but this build of torch cannot use them", fix)
+    else:
+        yield Finding("GPUs", False, f"none: trials train on the CPU ({os.cpu_count()} cores) over gloo")
+
+
+def _gpus_of_the_driver() -> int:
+    try:
+        return len(visible_gpus())
+    except BadInput:
+        return 0
+
+
+def _child(name: str, code: str, required: bool, meaning: str) -> Finding:
+    found, complaint = _probe(code)
+    if found is None:
+        return Finding(name, False, f"{meaning}: {complaint}", INSTALL, required)
+    return Finding(name, True, f"{found['version']}: {meaning}", required=required)
+
+
+def _package(name: str, meaning: str) -> Finding:
+    try:
+        return Finding(name, True, f"{importlib.metadata.version(name)}: {meaning}", required=True)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, meaning, INSTALL, True)
+
+
+def _tracking(store: Store) -> Finding:
+    uri = tracking_uri(store)
+    shown = redacted(uri)
+    try:
+        if uri.startswith(("http://", "https://")):
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()  # noqa: S310 - http(s), just tested
+            return Finding("store", True, f"MLflow server {shown} answers", required=True)
+        was_there = store.root.exists()
+        check_store(store)
+        if not was_there and store.root.exists():
+            store.root.rmdir()
+        return Finding("store", True, f"{shown} can be written", required=True)
+    except BadInput as error:
+        return Finding("store", False, str(error), "choose another with --store, or set MLFLOW_TRACKING_URI", True)
+    except OSError as error:
+        return Finding("store", False, f"MLflow server {shown}: {error}", "start it, or unset MLFLOW_TRACKING_URI", True)
+
+
+def _slurm() -> Finding:
+    absent = [name for name in ("sbatch", "squeue") if shutil.which(name) is None]
+    if absent:
+        fix = "on a cluster, run wrbench on a login node"
+        return Finding("SLURM", False, f"no {' and no '.join(absent)}: studies run on this machine (--cluster local)", fix)
+    return Finding("SLURM", True, "sbatch and squeue found")
+
+
+def _decoding() -> Finding:
+    """Full decoding of one synthetic photograph of ImageNet's usual size, one thread."""
+    y, x = np.mgrid[0:375, 0:500]
+    smooth = np.stack([127 + 80 * np.sin(x / 37 + c) * np.cos(y / 29) for c in range(3)], axis=-1)
+    noise = np.random.default_rng(0).normal(0, 8, smooth.shape)
+    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(np.clip(smooth + noise, 0, 255).astype(np.uint8)), quality=90)
+
+    def pillow() -> None:
+        Image.open(io.BytesIO(jpeg), formats=("JPEG",)).convert("RGB").load()
+
+    fast, slow = _rate(lambda: simplejpeg.decode_jpeg(jpeg)), _rate(pillow)
+    return Finding("decoding", True, f"simplejpeg {fast:.0f}, PIL {slow:.0f} images/s a thread (500x375 JPEG, {len(jpeg) / 1000:.0f} kB)")
+
+
+def _rate(decode: Callable[[], object], seconds: float = 0.5) -> float:
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        decode()
+        count += 1
+    return count / spent
+
+
+def _shards() -> Iterator[Finding]:
+    for path in sorted((CONFIGS / "workload").glob("*.yaml")):
+        try:
+            data = parse(WorkloadFile, {"name": path.stem, **read_yaml(path)}, path.name).data
+            Index.load(data.path).check(data)
+            yield Finding("shards", True, f"{path.stem}: {data.train_samples} train and {data.val_samples} val at {data.path}")
+        except BadInput as error:
+            yield Finding("shards", False, f"{path.stem}: {str(error).splitlines()[0]}")

@@ -1,0 +1,432 @@
+"""A study's missing trials, each run once to its end: submitit jobs on this machine, or this very process.
+
+The submitter holds runs/STUDY/submit.lock, gives a trial to a job when a place is free, and looks at the trial's own
+record to know how it ended. Killed, it leaves its jobs running; the next one finds them by ledger and lock.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from harness import journal, schedule, tracking
+from harness.config import BadInput, Cluster, Trial
+from harness.data.index import Index
+from harness.store import ENDED, Store, TrialFolder, TrialState, write_atomically
+from harness.study import LoadedStudy, Planned, planned
+from launch.job import Job
+from launch.ledger import Ledger, Submitter, is_alive
+from launch.progress import Snapshot, View, view
+from launch.status import label, last_error, rows
+
+SECONDS_TO_SAVE = 60.0
+"""that running trials have to save themselves when told to stop"""
+SECONDS_TO_BEGIN = 5.0
+"""after which a stopped job that holds no trial has nothing left to save"""
+
+
+# ------------------------------------------------------------------------------- before anything is written
+
+
+def any_trial(loaded: LoadedStudy) -> Trial:
+    """The first of the search; data, budget and backend are the same in all."""
+    return next(p.trial for p in planned(loaded, {}) if p.trial is not None)
+
+
+def world_size(loaded: LoadedStudy, cluster: Cluster) -> int:
+    """Processes a trial: one in the debug executor, else as the study says, else as the cluster file says."""
+    return 1 if cluster.executor == "debug" else loaded.study.ranks or cluster.ranks
+
+
+def check(loaded: LoadedStudy, store: Store, cluster: Cluster) -> None:
+    """BadInput, a line a mistake, unless every trial of the study could start now."""
+    data = loaded.workload.data
+    any_trial(loaded).micro_batch_size(world_size(loaded, cluster))
+    Index.load(data.path).check(data)
+    store.check_writable()
+    tracking.check_store(store)
+
+
+def visible_gpus() -> list[int]:
+    """Numbers of the GPUs that jobs may use, by the driver's word: nothing here imports torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        try:
+            return [int(n) for n in named.split(",") if n.strip() and int(n) >= 0]
+        except ValueError:
+            raise BadInput(f"CUDA_VISIBLE_DEVICES: {named!r} must be numbers; e.g. 0,1") from None
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return list(range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines())))
+
+
+def places(max_parallel: int, ranks: int, gpus: Sequence[int]) -> list[list[int]]:
+    """The GPUs of each place where one trial can run; none of them anywhere when they are too few for a trial."""
+    if len(gpus) < ranks:
+        return [[] for _ in range(max_parallel)]
+    return [list(gpus[i * ranks : (i + 1) * ranks]) for i in range(min(max_parallel, len(gpus) // ranks))]
+
+
+# ------------------------------------------------------------------------------------------------- signals
+
+
+class Stop:
+    """Counts SIGINT, SIGTERM and SIGHUP while it is entered, in place of what they would do."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __enter__(self) -> Stop:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
+        self._before = [(n, signal.signal(n, self._count)) for n in numbers]
+        return self
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.asked += 1
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deaf_to_the_terminal() -> Iterator[None]:
+    """Processes started meanwhile never see a Ctrl-C or a closed terminal, which go to every process there.
+
+    submitit's controller would answer by killing its ranks within a second; the submitter tells it when it is time.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ---------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass
+class Running:
+    """A trial at work: in a job of ours, in one that an earlier submitter left (`line`), or under neither (by hand)."""
+
+    trial: Trial
+    folder: TrialFolder
+    place: int | None
+    attempt: int
+    line: Mapping[str, Any] | None = None
+    """of the ledger, naming the job"""
+    process: Any = None
+    """submitit's job, when this process started it"""
+
+    def done(self) -> bool:
+        if self.process is not None:
+            return bool(self.process.done())
+        if self.line is not None:
+            return not is_alive(self.line, self.folder.logs)
+        return not self.folder.is_running()
+
+    def signal(self, number: signal.Signals) -> None:
+        """To submitit's controller: it forwards SIGTERM to the ranks, and they end when it is killed."""
+        if self.line is not None and not self.done():
+            os.kill(int(self.line["job_id"]), number)
+
+
+def wind_down(running: Sequence[Running], stop: Stop | None = None) -> None:
+    """Tells the jobs to save and end, and returns when they have; kills those that do not, or all when asked again."""
+    asked = time.monotonic()
+    again = stop.asked + 1 if stop else 0
+    told = 0.0
+    left = [r for r in running if r.line is not None]
+    while left := [r for r in left if not r.done()]:
+        now = time.monotonic()
+        listening = {r.trial.trial_id for r in left if r.folder.is_running()}
+        for job in left:
+            listens = job.trial.trial_id in listening
+            if now - asked > (SECONDS_TO_SAVE if listens else SECONDS_TO_BEGIN) or (stop and stop.asked >= again):
+                job.signal(signal.SIGKILL)
+            elif not told or (now - told > 1 and not listens):  # what comes while a rank starts up may be lost
+                job.signal(signal.SIGTERM)
+        told = now if not told or now - told > 1 else told
+        time.sleep(0.1)
+
+
+def saved(running: Running) -> str:
+    """What is left of a stopped trial."""
+    steps = journal.fold(journal.read(running.folder.journal)).committed
+    return f"{label(running.trial)}: {f'saved, {steps}' if steps else 'nothing to save, 0'} of {schedule.total_steps(running.trial)} steps"
+
+
+# ---------------------------------------------------------------------------------------------- submission
+
+
+class Submission:
+    """One submitter's work. Its `problems` are what keeps the study from being complete, a line each."""
+
+    def __init__(
+        self, loaded: LoadedStudy, store: Store, cluster: Cluster, view: View, stop: Stop, *, phase: str | None, retry: bool
+    ) -> None:
+        self.loaded, self.store, self.cluster, self.view, self.stop = loaded, store, cluster, view, stop
+        self.phase, self.retry = phase, retry
+        self.ledger = Ledger(store.study(loaded.name))
+        self.ranks = world_size(loaded, cluster)
+        self.places = places(cluster.max_parallel, self.ranks, visible_gpus())
+        self.free = list(range(len(self.places)))
+        self.steps_a_trial = schedule.total_steps(any_trial(loaded))
+        self.queue: deque[Trial] = deque()
+        self.running: dict[str, Running] = {}
+        self.plan: list[Planned] = []
+        self.states: dict[str, TrialState] = {}
+        self.problems: list[str] = []
+        self.submitted = 0
+
+    def run(self) -> None:
+        """Returns when every trial has ended or, after a signal, when the running ones have saved themselves."""
+        write_atomically(self.ledger.path.parent / "study.yaml", self.loaded.text())
+        self._enqueue({})
+        self._enqueue(self._results())
+        began, before, next_look = time.monotonic(), sum(self._steps()), 0.0
+        while (self.queue or self.running) and not self.stop.asked:
+            while self.queue and self.free and not self.stop.asked:
+                self._start(self.queue.popleft(), self.free.pop(0))
+            if any([self._reap(r) for r in list(self.running.values()) if r.done()]):
+                self._enqueue(self._results())
+                next_look = 0.0
+            if (now := time.monotonic()) >= next_look:
+                for trial_id, running in self.running.items():
+                    self.states[trial_id] = running.folder.state()
+                self.view.update(self._snapshot(began, before))
+                next_look = now + max(0.5, 10 * (time.monotonic() - now))  # long journals are read less often
+            time.sleep(0.1)
+        if self.stop.asked:
+            self._stop()
+        else:
+            undecided = dict.fromkeys(p.arm for p in self.plan if p.trial is None)
+            self.problems += [f"{arm}: no finalists yet: its search has not ended, or too little of it has a result" for arm in undecided]
+        self.view.update(self._snapshot(began, before))
+
+    def _results(self) -> dict[str, float | None]:
+        """Of the trials that have ended and are not to run again."""
+        busy = self.running.keys() | {t.trial_id for t in self.queue}
+        return {k: v for k, v in self.store.results(self.loaded.name).items() if k not in busy}
+
+    def _enqueue(self, results: Mapping[str, float | None]) -> None:
+        """Takes up every trial of the plan not seen before; finalists appear when the search of their arm has ended."""
+        self.plan = [p for p in planned(self.loaded, results) if self.phase in (None, p.phase)]
+        lines = self.ledger.newest()
+        for trial in (p.trial for p in self.plan if p.trial is not None):
+            if trial.trial_id in self.states:
+                continue
+            folder = self.store.trial(self.loaded.name, trial.trial_id)
+            state = self.states[trial.trial_id] = folder.state()
+            line = lines.get(trial.trial_id)
+            if line is not None and not is_alive(line, folder.logs):
+                line = None
+            if line is not None or state.state == "running":
+                self._adopt(trial, folder, line)
+            elif state.state == "failed" and not self.retry:
+                self.problems.append(f"{label(trial)}: failed before: {state.last_error}; run it again with --retry")
+            elif state.state not in ENDED or state.state == "failed":
+                folder.write_config(trial)
+                self.ledger.append("queued", trial, folder.newest_attempt() + 1)
+                self.queue.append(trial)
+
+    def _adopt(self, trial: Trial, folder: TrialFolder, line: Mapping[str, Any] | None) -> None:
+        place = line.get("place") if line else None
+        if place not in self.free:
+            place = self.free[0] if self.free else None
+        if place is not None:
+            self.free.remove(place)
+        self.running[trial.trial_id] = Running(trial, folder, place, folder.newest_attempt(), line)
+        self.view.say(f"{label(trial)} is running already: waiting for it")
+
+    def _start(self, trial: Trial, place: int) -> None:
+        folder = self.store.trial(self.loaded.name, trial.trial_id)
+        attempt = folder.newest_attempt() + 1
+        job = Job(self.store.root, self.loaded.name, trial.trial_id, self.cluster.threads_per_rank, uuid.uuid4().hex)
+        running = self.running[trial.trial_id] = Running(trial, folder, place, attempt)
+        self.submitted += 1
+        debug = self.cluster.executor == "debug"
+        if not debug:
+            running.process = self._submit(job, folder, self.places[place])
+        running.line = {"job_id": f"debug-{os.getpid()}" if debug else running.process.job_id, "place": place}
+        self.ledger.append("submitted", trial, attempt, **running.line)
+        if debug and _in_this_process(job) == "interrupted":
+            self.stop.asked += 1
+
+    def _submit(self, job: Job, folder: TrialFolder, gpus: Sequence[int]) -> Any:
+        import submitit
+
+        executor = submitit.LocalExecutor(folder=folder.logs)
+        executor.update_parameters(
+            timeout_min=self.cluster.timeout_minutes, tasks_per_node=self.ranks, gpus_per_node=len(gpus), visible_gpus=tuple(gpus)
+        )
+        with deaf_to_the_terminal():
+            return executor.submit(job)
+
+    def _reap(self, running: Running) -> bool:
+        """Takes note of a job that is over; False when its trial runs on under somebody else's hands."""
+        if running.folder.is_running():
+            running.process = running.line = None
+            return False
+        trial = running.trial
+        del self.running[trial.trial_id]
+        if running.place is not None:
+            self.free.append(running.place)
+        state = self.states[trial.trial_id] = running.folder.state()
+        fields = {**(running.line or {}), "state": state.state}
+        self.ledger.append("ended", trial, running.attempt, **fields)
+        for leftover in running.folder.logs.glob("*.rendezvous"):
+            leftover.unlink(missing_ok=True)
+        if state.state in ("finished", "diverged"):
+            holdout = state.metrics.get("anytime/holdout_top1")
+            self.view.say(f"{label(trial)}: {state.state}" + (f", holdout/top1 {holdout:.3f}" if holdout is not None else ""))
+        elif not self.stop.asked:
+            reason = last_error(running.folder, state) or "ended without a word"
+            self.problems.append(f"{label(trial)}: {state.state if state.state == 'failed' else 'interrupted'}: {reason}")
+            self.view.say(self.problems[-1])
+        return True
+
+    def _stop(self) -> None:
+        running = list(self.running.values())
+        if running:
+            self.view.say(f"stopping: {len(running)} running trial(s) save themselves; Ctrl-C again kills them")
+        wind_down(running, self.stop)
+        for one in running:
+            if one.line is None and one.folder.is_running():
+                self.view.say(f"{label(one.trial)}: runs on, since it was not started from here")
+            else:
+                self._reap(one)
+                self.view.say(saved(one))
+        self.queue.clear()
+
+    # ------------------------------------------------------------------------------------------- what is seen
+
+    def _steps(self) -> Iterator[int]:
+        for p in self.plan:
+            if p.trial is not None:
+                state = self.states[p.trial.trial_id]
+                over = state.state in ENDED and p.trial.trial_id not in {t.trial_id for t in self.queue}
+                yield schedule.total_steps(p.trial) if over else state.step
+
+    def _snapshot(self, began: float, before: int) -> Snapshot:
+        steps, total = sum(self._steps()), self.steps_a_trial * len(self.plan)
+        rate = (steps - before) / max(1e-9, time.monotonic() - began)
+        states = {p.trial.trial_id: (p.arm, self.states[p.trial.trial_id]) for p in self.plan if p.trial is not None}
+        finished = [(arm, s.metrics.get("anytime/holdout_top1")) for arm, s in states.values() if s.state == "finished"]
+        best = max(((value, arm) for arm, value in finished if value is not None), default=None)
+        ended = sum(s.state in ("finished", "diverged") for _, s in states.values())
+        return Snapshot(
+            steps=steps,
+            total_steps=total,
+            finished=ended,
+            running=len(self.running),
+            waiting=len(self.plan) - ended - len(self.running) - len(self.problems),
+            failed=len(self.problems),
+            best=best,
+            seconds_left=(total - steps) / rate if steps > before else None,
+        )
+
+
+def _in_this_process(job: Job) -> str:
+    """The debug executor: a plain call, so that a debugger or profiler sees all of it; never opens one itself."""
+    try:
+        return job.train()
+    except Exception:
+        traceback.print_exc(file=sys.stderr)
+        return "failed"
+
+
+# --------------------------------------------------------------------------------------------- what is asked for
+
+
+def submit(loaded: LoadedStudy, store: Store, cluster: Cluster, *, phase: str | None, retry: bool, again: str) -> int:
+    """Runs what is missing, in the foreground; the exit status. `again` is the command that goes on after an interruption."""
+    check(loaded, store, cluster)
+    with ExitStack() as delivering:
+        with Submitter(store.study(loaded.name)).lock() as ours:
+            if not ours:
+                print(_standing(loaded, store, 0))
+                return 0
+            delivering.enter_context(tracking.start_delivery(store, loaded.name))
+            with Stop() as stop, view(plain=cluster.executor == "debug") as seen:
+                work = Submission(loaded, store, cluster, seen, stop, phase=phase, retry=retry)
+                work.run()
+            print(_standing(loaded, store, work.submitted))
+        for problem in work.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if stop.asked:
+            print(f"interrupted; to go on: {again}")
+        print("delivering the rest to MLflow", flush=True)
+    if stop.asked:
+        return 130
+    return 1 if work.problems else 0
+
+
+def _standing(loaded: LoadedStudy, store: Store, submitted: int) -> str:
+    found = rows(loaded, store)
+    started = Ledger(store.study(loaded.name)).newest()
+    running = sum(r.state == "running" or (r.state == "queued" and started[str(r.trial_id)]["event"] == "submitted") for r in found)
+    return f"submitted {submitted}, running {running}, finished {sum(r.state == 'finished' for r in found)}"
+
+
+def detach(loaded: LoadedStudy, store: Store, cluster: Cluster, arguments: Sequence[str]) -> str:
+    """Starts `wrbench ARGUMENTS` in a session of its own; a line that says where it went."""
+    check(loaded, store, cluster)
+    folder = store.study(loaded.name) / "submissions"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch", *arguments], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+    return f"submitting in the background as process {process.pid}; log: {log}"
+
+
+def dry_run(loaded: LoadedStudy, store: Store, phase: str | None, retry: bool) -> list[str]:
+    """What `submit` would do, a line each."""
+    lines = []
+    for r in rows(loaded, store):
+        if phase not in (None, r.phase):
+            continue
+        name = f"{r.arm} seed {r.seed} {r.trial_id or '(decided by the search)'}"
+        if r.state in ("finished", "diverged", "running", "queued") or (r.state == "failed" and not retry):
+            lines.append(f"skip    {name}: {r.state}")
+        else:
+            lines.append(f"{'later ' if r.trial_id is None else 'submit'}  {name}: {r.state} at step {r.step} of {r.total_steps}")
+    return lines
+
+
+def cancel(loaded: LoadedStudy, store: Store) -> list[str]:
+    """Stops the study's submitter and whatever jobs of it are left, after they saved; what was stopped, a line each."""
+    folder = store.study(loaded.name)
+    submitter = Submitter(folder)
+    lines = Ledger(folder).newest()
+    running = []
+    for trial_folder in store.trials(loaded.name):
+        line = lines.get(trial_folder.path.name)
+        if line is not None and is_alive(line, trial_folder.logs):
+            running.append(Running(trial_folder.read_config(), trial_folder, None, trial_folder.newest_attempt(), line))
+    said = []
+    if (pid := submitter.pid()) is not None:
+        os.kill(pid, signal.SIGTERM)
+        said.append(f"stopped the submitter, process {pid}")
+        patience = time.monotonic() + SECONDS_TO_SAVE + 30
+        while submitter.pid() == pid and time.monotonic() < patience:
+            time.sleep(0.2)
+    wind_down(running)
+    return [*said, *map(saved, running)]
