@@ -10,6 +10,7 @@ import platform
 import socket
 import subprocess
 import traceback
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 
 from harness import checkpoint, journal
 from harness.config import Trial
+from harness.data.loader import Substitution
 from harness.dist import Ranks, peer_lost
 from harness.engine import Engine
 from harness.journal import Journal
 from harness.schedule import steps_per_epoch, total_steps
-from harness.store import Store, write_result
+from harness.store import TrialFolder, write_result
 
 LINE = 500
 """characters of an error kept in the journal"""
@@ -42,10 +44,10 @@ class Progress:
 class Attempt:
     """Context manager around the training loop of one process."""
 
-    def __init__(self, trial: Trial, store: Store, ranks: Ranks) -> None:
-        self.trial, self.ranks = trial, ranks
-        self.folder = store.trial(trial.study, trial.trial_id)
+    def __init__(self, trial: Trial, folder: TrialFolder, ranks: Ranks) -> None:
+        self.trial, self.folder, self.ranks = trial, folder, ranks
         self._resources = ExitStack()
+        self._substituted: set[int] = set()
         self._steps_done = 0
 
     def __enter__(self) -> Attempt:
@@ -99,6 +101,15 @@ class Attempt:
 
     def warn(self, step: int, message: str) -> None:
         self._write(step, event="warning", message=message)
+
+    def substitutions(self, step: int, found: Iterable[Substitution]) -> dict[str, float]:
+        """Warns once of each corrupt sample that any rank replaced; their number as a metric, if there are any. Collective."""
+        for part in self.ranks.gathered([(s.number, f"{s.reason}; sample {s.substitute} takes its place") for s in found]):
+            for number, message in part:
+                if number not in self._substituted:
+                    self._substituted.add(number)
+                    self.warn(step, message)
+        return {"data/substituted": float(len(self._substituted))} if self._substituted else {}
 
     def _write(self, step: int, **fields: Any) -> None:
         if self.ranks.rank == 0:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as td
 
 from harness.config import BadInput
 from harness.dist import Ranks
@@ -69,10 +68,7 @@ def save(
         partial.mkdir(parents=True)
     ranks.barrier()
     written = {name: _write(partial / name, state) for name, state in files.items()}
-    gathered: list[dict[str, Any]] = [written]
-    if ranks.control is not None:
-        gathered = [{} for _ in range(ranks.world_size)]
-        td.all_gather_object(gathered, written, group=ranks.control)
+    gathered = ranks.gathered(written)
     superseded = False
     if ranks.rank == 0:
         manifest = {

@@ -5,6 +5,7 @@ Every collective is called on every rank; nothing here or above may be collectiv
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -46,9 +47,24 @@ class Ranks:
         td.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's JSON-like value, by rank, on every rank."""
+        if self.control is None:
+            return [value]
+        box = [None] * self.world_size
+        td.all_gather_object(box, value, group=self.control)
+        return box
+
     def barrier(self) -> None:
         if self.control is not None:
             td.barrier(group=self.control)
+
+
+_groups: list[td.ProcessGroup] = []
+"""Groups outlive whoever uses them. DDP's reducer must not hold the last reference: it would wait for gloo's threads
+without letting go of the interpreter, which a gloo thread that frees a tensor waits for in turn, and the rank would hang
+at its end for ever. References held here are dropped at exit, where the interpreter is let go of."""
+atexit.register(_groups.clear)
 
 
 @contextmanager
@@ -73,6 +89,7 @@ def joined(timeout_seconds: int) -> Iterator[Ranks]:
     td.init_process_group(backend, init_method=method, rank=rank, world_size=world_size, timeout=timeout)
     try:
         control = td.group.WORLD if backend == "gloo" else td.new_group(backend="gloo", timeout=timeout)
+        _groups.extend((td.group.WORLD, control))
         yield Ranks(rank, local_rank, world_size, device, control)
     finally:
         td.destroy_process_group()

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from harness import checkpoint, models, optim
@@ -63,9 +62,13 @@ class DDPEngine:
         groups = optim.param_groups(named, trial.decay)
         cls, arguments = optim.optimizer_class(trial.optimizer, trial.decay)
         self._sharded = trial.backend.zero_stage == 1 and ranks.world_size > 1
-        self._optimizer: torch.optim.Optimizer = (
-            ZeroRedundancyOptimizer(groups, optimizer_class=cls, **arguments) if self._sharded else cls(groups, **arguments)
-        )
+        if self._sharded:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # costs a second of CPU to import
+
+            self._optimizer: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=cls, **arguments)
+            self._local: torch.optim.Optimizer = self._optimizer.optim
+        else:
+            self._optimizer = self._local = cls(groups, **arguments)
         self._replica: nn.Module = self._model
         if ranks.world_size > 1:
             self._replica = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
@@ -126,8 +129,8 @@ class DDPEngine:
 
     def _own_state(self) -> dict[str, dict[str, Any]]:
         """{parameter name: optimizer state} of the parameters whose state this rank holds."""
-        local = self._optimizer.optim if isinstance(self._optimizer, ZeroRedundancyOptimizer) else self._optimizer
-        return {name: local.state[p] for name, p in self._model.named_parameters() if p in local.state}
+        state = self._local.state
+        return {name: state[p] for name, p in self._model.named_parameters() if p in state}
 
     def evaluation_model(self) -> nn.Module:
         return self._model.eval()
@@ -142,12 +145,11 @@ class DDPEngine:
 
     def load(self, saved: checkpoint.Saved) -> None:
         self._model.load_state_dict(saved.load("model.pt"))
-        local = self._optimizer.optim if isinstance(self._optimizer, ZeroRedundancyOptimizer) else self._optimizer
-        own = {p for group in local.param_groups for p in group["params"]}
+        own = {p for group in self._local.param_groups for p in group["params"]}
         stored = saved.optimizer_state()
         for name, parameter in self._model.named_parameters():
             if parameter in own and name in stored:
-                local.state[parameter] = {key: value.to(self._ranks.device) for key, value in stored[name].items()}
+                self._local.state[parameter] = {key: value.to(self._ranks.device) for key, value in stored[name].items()}
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -26,10 +26,13 @@ def train(trial: Trial, store: Store) -> dict[str, Any]:
     Its state is finished, diverged (a non-finite loss: a result) or interrupted (told to stop, and saved). Raises what
     went wrong otherwise, after the journal says so; run again, it continues.
     """
-    with joined(trial.backend.timeout_seconds) as ranks, StopRequest() as stop, Attempt(trial, store, ranks) as attempt:
+    folder = store.trial(trial.study, trial.trial_id)
+    if (ended := folder.finished_result()) is not None:
+        return ended
+    with joined(trial.backend.timeout_seconds) as ranks, StopRequest() as stop, Attempt(trial, folder, ranks) as attempt:
         data = loader.open_data(trial.workload.data)
         worker = engine.build(trial, ranks)
-        resumed = attempt.resume(worker, data_sha256=data.sha256)
+        resumed = attempt.resume(worker, data_sha256=data.index.sha256)
         clock, answer = Clock(resumed.train_seconds, resumed.wait_seconds, ranks.device), resumed.answer
         total, ends = total_steps(trial), set(cycle_ends(trial))
         evaluations = ends | _every(trial, trial.evaluation.every_epochs) | {total}
@@ -56,7 +59,7 @@ def train(trial: Trial, store: Store) -> dict[str, Any]:
                     return attempt.end("diverged", done, None, f"train/loss is {loss} at step {step}")
             if done in evaluations:
                 with clock.stopped():
-                    measured = _evaluate(trial, worker, data, ranks)
+                    measured = _evaluate(trial, worker, data, ranks) | attempt.substitutions(step, data.substituted)
                     if done in ends:
                         answer = {f"anytime/{k.replace('/', '_')}": v for k, v in measured.items() if k.endswith("top1")}
                         measured |= result.measured | _train_eval(trial, worker, data, ranks)

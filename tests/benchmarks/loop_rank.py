@@ -1,0 +1,66 @@
+"""One rank of the loop benchmark: `ours` is train() with journal and delivery; `bare` is a plain PyTorch loop.
+
+Prints {"steps": seconds between the ends of consecutive optimizer steps}. Both use the same model, batches, gloo DDP and
+one thread a rank. Intervals that hold an evaluation, a checkpoint or (at first) DDP's regrouping are left out of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as td
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from harness import models
+from harness.config import Trial
+from harness.data import loader
+from harness.schedule import steps_per_epoch, total_steps
+from harness.store import Store, TrialFolder
+from harness.train import train
+
+WARM_UP = 10
+
+
+def ours(trial: Trial, store: Store) -> list[float]:
+    ends: list[float] = []
+    torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    train(trial, store)
+    return ends
+
+
+def bare(trial: Trial) -> list[float]:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    td.init_process_group("gloo", init_method=os.environ["WRBENCH_RENDEZVOUS"], rank=rank, world_size=world)
+    data = loader.open_data(trial.workload.data)
+    batches = list(loader.train_batches(data, trial, rank, world, 0, total_steps(trial)))
+    model = DistributedDataParallel(models.build(trial.workload.model, trial.workload.data, trial.seed), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=trial.optimizer.lr, weight_decay=0.01, fused=True)
+    ends = []
+    for images, labels in batches:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ends.append(time.perf_counter())
+    td.destroy_process_group()
+    return ends
+
+
+def main() -> None:
+    kind, root, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    trial = TrialFolder(Path(folder)).read_config()
+    ends = ours(trial, Store(Path(root))) if kind == "ours" else bare(trial)
+    interrupted = {s for s in range(0, total_steps(trial), steps_per_epoch(trial))}
+    print(json.dumps({"steps": [b - a for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False), 1) if i >= WARM_UP and i not in interrupted]}))
+    sys.stdout.flush()
+    os._exit(0)  # torch may hang while it takes gloo down; the figures are out
+
+
+if __name__ == "__main__":
+    main()

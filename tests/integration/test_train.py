@@ -1,0 +1,276 @@
+"""One trial on real digits: exact through kills, stops, sharding and world sizes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from harness import checkpoint, journal
+from harness.config import Trial
+from harness.store import Store
+from harness.train import train
+from tests import reference
+from tests.integration.ranks import Ranks, finish, history
+from tests.trials import trial
+from tests.unit.test_optim import control, reference_lambda
+
+SGDW = {"optimizer": {"name": "sgd", "lr": 0.05}, "decay": {"name": "decoupled", "weight_decay": 0.1, "normalised": True}}
+ADAMW = {"optimizer": {"name": "adam", "lr": 0.003}, "decay": {"name": "decoupled", "weight_decay": 0.1, "normalised": True}}
+
+
+def small(path: Path, **over: Any) -> Trial:
+    """21 steps of 500 in three cycles of 3, 6 and 12 steps; a checkpoint every epoch of 7 steps and at cycle ends."""
+    return trial(
+        **{
+            "data": {"path": str(path)}, "recipe": {"translate": 2},
+            "budget": {"epochs": 3, "global_batch_size": 500},
+            "schedule": {"name": "cosine_restarts", "t_0": 3 / 7, "t_mult": 2},
+            "evaluation": {"log_every_steps": 1, "batch_size": 250, "train_eval_samples": 100},
+        } | over
+    )  # fmt: skip
+
+
+def test_a_trial_learns_and_its_record_is_whole(tmp_path: Path, mnist5k: Path) -> None:
+    t = trial(
+        data={"path": str(mnist5k)}, budget={"epochs": 3, "global_batch_size": 100}, **ADAMW,
+        evaluation={"every_epochs": 0.5, "log_every_steps": 5, "batch_size": 250},
+    )  # fmt: skip
+    store = Store(tmp_path)
+    result = train(t, store)
+    folder = store.trial(t.study, t.trial_id)
+    assert result == json.loads(folder.result.read_text())
+    assert (result["state"], result["step"], result["total_steps"], result["attempts"]) == ("finished", 105, 105, 1)
+    assert result["metrics"]["val/top1"] > 0.9
+    assert result["metrics"]["anytime/val_top1"] == result["metrics"]["val/top1"]  # the budget ends a cycle
+    points = history(folder)
+    steps = lambda metric: sorted(s for m, s in points if m == metric)  # noqa: E731
+    evaluated = [round(e * 35) - 1 for e in (0.5, 1, 1.5, 2, 2.5, 3)]
+    assert steps("train/loss") == sorted({*range(4, 105, 5), *evaluated})
+    assert steps("holdout/top1") == steps("val/loss") == evaluated
+    assert steps("train_eval/loss") == steps("weights/norm") == steps("adam/v_below_eps") == [34, 104]  # cycle ends 35 and 105
+    assert steps("anytime/holdout_top1")[0] == 34  # nothing before a first cycle has ended
+    assert points["anytime/holdout_top1", 69] == points["holdout/top1", 34]
+    assert 0 < points["weights/update_ratio", 104] < points["weights/update_ratio", 34] < 1
+    assert folder.state().state == "finished"
+    assert train(t, store)["attempts"] == 1, "a finished trial is not trained again"
+
+
+@pytest.mark.parametrize(("arm", "stage", "world"), [(SGDW, 0, 2), (ADAMW, 1, 2), (ADAMW, 0, 3)], ids=["sgdw-ddp", "adamw-zero1", "adamw-ddp-3"])
+def test_kill_9_of_any_rank_at_any_step_leaves_no_trace(tmp_path: Path, mnist5k: Path, arm: dict[str, Any], stage: int, world: int) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed of the kills: {seed}")
+    rng = random.Random(seed)
+    t = small(mnist5k, **arm, backend={"zero_stage": stage}, **({"budget": {"epochs": 3, "global_batch_size": 498}} if world == 3 else {}))
+    undisturbed = finish(t, calm := Store(tmp_path / "calm"), world)
+    store = Store(tmp_path / "killed")
+    folder = store.trial(t.study, t.trial_id)
+    for _ in range(2):
+        ranks = Ranks(t, store, world)
+        ranks.wait_for_step(rng.randrange(folder.state().step + 1, 20))
+        ranks.processes[rng.randrange(world)].send_signal(signal.SIGKILL)
+        assert 0 not in ranks.wait(60), "the survivors of a killed rank end within a minute"
+        assert folder.state().state == "interrupted"
+    result = finish(t, store, world)
+    assert result["attempts"] == 3
+    assert result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert history(folder) == history(calm.trial(t.study, t.trial_id))
+
+
+def test_told_to_stop_all_ranks_save_together_and_no_step_is_repeated(tmp_path: Path, mnist5k: Path) -> None:
+    t = small(mnist5k, **SGDW, checkpoint={"every_epochs": 3})
+    undisturbed = finish(t, calm := Store(tmp_path / "calm"), 2)
+    store = Store(tmp_path / "stopped")
+    folder = store.trial(t.study, t.trial_id)
+    ranks = Ranks(t, store, 2)
+    ranks.wait_for_step(11)
+    ranks.processes[1].send_signal(signal.SIGTERM)  # one rank alone is told
+    assert ranks.wait(60) == [3, 3], ranks.errors()
+    assert folder.state().state == "interrupted"
+    stopped_at = folder.state().step
+    assert checkpoint.found(folder)[0][0] == stopped_at
+    result = finish(t, store, 2)
+    assert result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert history(folder) == history(calm.trial(t.study, t.trial_id))
+    lines = [line["step"] for line in journal.read(folder.journal) if "train/loss" in line.get("metrics", {})]
+    assert lines == list(range(21))
+
+
+def test_world_size_sharding_and_accumulation_change_rounding_only(tmp_path: Path, mnist5k: Path) -> None:
+    """The same global batches and sums of the same terms: weights agree to fp32 rounding over 21 steps.
+
+    Limit 1e-4 relative: reordering the sum of four micro-batches alone moves weights by 1e-6 to 1e-5 under Adam.
+    """
+    states = {}
+    for name, world, backend in (
+        ("one", 1, {}), ("accumulated", 1, {"micro_batch_size": 125}), ("two", 2, {}), ("zero1", 2, {"zero_stage": 1, "micro_batch_size": 125}),
+    ):  # fmt: skip
+        t = small(mnist5k, **ADAMW, backend=backend)
+        store = Store(tmp_path / name)
+        finish(t, store, world)
+        folder = store.trial(t.study, t.trial_id)
+        saved, complaints = checkpoint.newest(folder, t.trial_id)
+        assert saved is not None
+        assert complaints == []
+        states[name] = (saved.load("model.pt"), saved.optimizer_state(), history(folder))
+    weights, moments, points = states["one"]
+    for name, (other, other_moments, other_points) in states.items():
+        for key, tensor in weights.items():
+            assert torch.linalg.norm(other[key] - tensor) <= 1e-4 * torch.linalg.norm(tensor), (name, key)
+        assert other_moments.keys() == moments.keys() == weights.keys()
+        assert other_points.keys() == points.keys()
+        assert abs(other_points["val/top1", 20] - points["val/top1", 20]) <= 0.002
+        assert other_points["val/loss", 20] == pytest.approx(points["val/loss", 20], rel=1e-3)
+
+
+def test_a_checkpoint_moves_between_world_sizes_and_stages(tmp_path: Path, mnist5k: Path) -> None:
+    ends = {}
+    for name, worlds in (("2-2", (2, 2)), ("2-1", (2, 1)), ("1-2", (1, 2))):
+        store = Store(tmp_path / name)
+        for i, world in enumerate(worlds):
+            t = small(mnist5k, **ADAMW, backend={"zero_stage": 1}, checkpoint={"every_epochs": 1})
+            ranks = Ranks(t, store, world)
+            if i == 0:
+                ranks.wait_for_step(12)
+                for p in ranks.processes:
+                    p.kill()
+            ranks.wait()
+        saved, _ = checkpoint.newest(store.trial(t.study, t.trial_id), t.trial_id)
+        assert saved is not None
+        assert saved.step == 21
+        ends[name] = saved.load("model.pt")
+    for key, tensor in ends["2-2"].items():
+        for other in ("2-1", "1-2"):
+            assert torch.linalg.norm(ends[other][key] - tensor) <= 1e-4 * torch.linalg.norm(tensor), (other, key)
+
+
+COMBINATIONS = [
+    ({"name": "sgd", "lr": 0.02}, {"name": "none"}),
+    ({"name": "sgd", "lr": 0.02}, {"name": "l2", "weight_decay": 0.01, "exempt_1d": True}),
+    ({"name": "sgd", "lr": 0.02}, {"name": "decoupled", "weight_decay": 0.001}),
+    ({"name": "sgd", "lr": 0.02}, {"name": "decoupled", "weight_decay": 0.1, "units": "torch"}),
+    ({"name": "sgd", "lr": 0.02}, {"name": "decoupled", "weight_decay": 0.1, "normalised": True}),
+    ({"name": "sgd", "lr": 0.02, "lr_in_buffer": True}, {"name": "l2", "weight_decay": 0.01}),
+    ({"name": "sgd", "lr": 0.02, "lr_in_buffer": True}, {"name": "decoupled", "weight_decay": 0.1, "normalised": True}),
+    ({"name": "adam", "lr": 0.002}, {"name": "none"}),
+    ({"name": "adam", "lr": 0.002}, {"name": "l2", "weight_decay": 0.01}),
+    ({"name": "adam", "lr": 0.002}, {"name": "decoupled", "weight_decay": 0.001}),
+    ({"name": "adam", "lr": 0.002}, {"name": "decoupled", "weight_decay": 0.1, "units": "torch"}),
+    ({"name": "adam", "lr": 0.002}, {"name": "decoupled", "weight_decay": 0.1, "normalised": True, "exempt_1d": True}),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "decay"), COMBINATIONS)
+def test_train_itself_equals_the_reference(
+    tmp_path: Path, mnist5k: Path, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any], decay: dict[str, Any]
+) -> None:
+    """float64, 200 steps over five restarts, driven by train(): the gradients it saw, through the NumPy reference."""
+    t = trial(
+        data={"path": str(mnist5k)}, recipe={"precision": "fp64", "translate": 2}, optimizer=optimizer, decay=decay,
+        budget={"epochs": 200 / 583, "global_batch_size": 6}, schedule={"name": "cosine_restarts", "t_0": 6 / 583, "t_mult": 2},
+        evaluation={"batch_size": 1000, "train_eval_samples": 10},
+    )  # fmt: skip
+    slow = control(t)
+    exempt = getattr(t.decay, "exempt_1d", False)
+    theta: dict[str, np.ndarray] = {}
+    count = 0
+
+    def observe(built: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal count
+        parameters = [p for group in built.param_groups for p in group["params"]]
+        if not theta:
+            theta.update({str(i): p.detach().numpy().copy() for i, p in enumerate(parameters)})
+        eta, _, full = reference.eta_cosine_restarts(count, 583, 6 / 583, 2, 0.0)
+        lam = reference_lambda(t, full)
+        grads = {str(i): p.grad.numpy().copy() for i, p in enumerate(parameters) if p.grad is not None}
+        slow.step(theta, grads, eta, {k: 0.0 if exempt and theta[k].ndim <= 1 else lam for k in theta})
+        finals[:] = parameters
+        count += 1
+
+    finals: list[torch.Tensor] = []
+    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(observe)
+    try:
+        result = train(t, Store(tmp_path))
+    finally:
+        hook.remove()
+    assert (result["state"], count) == ("finished", 200)
+    for i, parameter in enumerate(finals):
+        ours = parameter.detach().numpy()
+        assert np.linalg.norm(ours - theta[str(i)]) < 1e-12 * np.linalg.norm(theta[str(i)])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_doubled(tmp_path: Path, mnist5k: Path) -> None:
+    t = small(mnist5k, **SGDW)
+    undisturbed = train(t, calm := Store(tmp_path / "calm"))
+    store = Store(tmp_path / "damaged")
+    folder = store.trial(t.study, t.trial_id)
+    ranks = Ranks(t, store, 1)
+    ranks.wait_for_step(15)
+    ranks.processes[0].kill()
+    ranks.wait()
+    newest = checkpoint.found(folder)[0]
+    weights = newest[2] / "model.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    result = train(t, store)
+    assert result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert history(folder) == history(calm.trial(t.study, t.trial_id))
+    assert any("is damaged" in w and newest[2].name in w for w in journal.fold(journal.read(folder.journal)).warnings)
+
+
+def test_an_older_attempt_commits_nothing_once_a_newer_one_has_started(tmp_path: Path, mnist5k: Path) -> None:
+    t = small(mnist5k, **SGDW, budget={"epochs": 30, "global_batch_size": 500})
+    store = Store(tmp_path)
+    ranks = Ranks(t, store, 2)
+    ranks.wait_for_step(10)
+    folder = store.trial(t.study, t.trial_id)
+    committed = {path.name for _, _, path in checkpoint.found(folder)}
+    newer = folder.claim()  # as another node would, which cannot see this one's lock
+    assert 0 not in ranks.wait(60)
+    assert {path.name for _, _, path in checkpoint.found(folder)} <= committed | {f"step-{14}-attempt-1"}
+    assert folder.state().state == "interrupted"
+    assert newer == 2
+
+
+def test_a_non_finite_loss_is_a_result(tmp_path: Path, mnist5k: Path) -> None:
+    t = small(mnist5k, optimizer={"name": "sgd", "lr": 1e30}, decay={"name": "none"})
+    store = Store(tmp_path)
+    result = train(t, store)
+    assert result["state"] == "diverged"
+    assert store.results(t.study) == {t.trial_id: None}
+    assert "train/loss is" in str(store.trial(t.study, t.trial_id).state().last_error)
+
+
+def test_a_failure_says_so_and_can_be_run_again(tmp_path: Path, mnist5k: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(mnist5k, broken)
+    shard = next(broken.glob("val-*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-4096])
+    t = small(broken, **SGDW)
+    store = Store(tmp_path / "runs")
+    with pytest.raises(ValueError, match=shard.name):
+        train(t, store)
+    state = store.trial(t.study, t.trial_id).state()
+    assert state.state == "failed"
+    assert shard.name in str(state.last_error)
+    assert json.loads(store.trial(t.study, t.trial_id).result.read_text())["state"] == "failed"
+    again = train(small(mnist5k, **SGDW), store)
+    assert (again["state"], again["attempts"]) == ("finished", 2)
+
+
+@pytest.mark.parametrize("recipe", [{"label_smoothing": 0.2}, {"precision": "bf16"}])
+def test_recipes_train(tmp_path: Path, mnist5k: Path, recipe: dict[str, Any]) -> None:
+    plain = train(small(mnist5k, **ADAMW), Store(tmp_path / "plain"))
+    other = train(small(mnist5k, **ADAMW, recipe={"translate": 2} | recipe), Store(tmp_path / "other"))
+    assert other["weights_sha256"] != plain["weights_sha256"]
+    # plain cross-entropy is reported whatever smoothing trains: a smoothed loss could not fall below 0.9 nats here
+    assert other["metrics"]["train/loss"] < 0.8
+    assert other["metrics"]["val/top1"] > 0.75
