@@ -220,11 +220,11 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of the shards, or a
     from harness.data import shards as library
 
     found = library.verify(path)
-    faults = [f for f in found if f.severity == "fault"]
-    for finding in found:
-        print(f"{'error: ' if finding in faults else ''}{finding}", file=sys.stderr if finding in faults else sys.stdout)
+    faults = [str(f).removeprefix("fault: ") for f in found if f.severity == "fault"]
+    for warning in (f for f in found if f.severity == "warning"):
+        print(warning)
     print(f"{path}: {len(faults)} fault(s), {len(found) - len(faults)} warning(s)")
-    return 1 if faults else 0
+    return _complain("\n".join(faults), 1) if faults else 0
 
 
 # -------------------------------------------------------------------------------------------------- results

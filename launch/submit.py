@@ -122,28 +122,28 @@ def deaf_to_the_terminal() -> Iterator[None]:
 
 @dataclass
 class Running:
-    """A trial at work: in a job of ours, in one that an earlier submitter left (`line`), or under neither (by hand)."""
+    """A trial at work: in a job of ours, in one that an earlier submitter left (`job`), or under neither (by hand)."""
 
     trial: Trial
     folder: TrialFolder
     place: int | None
     attempt: int
-    line: Mapping[str, Any] | None = None
-    """of the ledger, naming the job"""
+    job: Mapping[str, Any] | None = None
+    """job_id and place, as in the ledger"""
     process: Any = None
     """submitit's job, when this process started it"""
 
     def done(self) -> bool:
         if self.process is not None:
             return bool(self.process.done())
-        if self.line is not None:
-            return not is_alive(self.line, self.folder.logs)
+        if self.job is not None:
+            return not is_alive(self.job, self.folder.logs)
         return not self.folder.is_running()
 
     def signal(self, number: signal.Signals) -> None:
         """To submitit's controller: it forwards SIGTERM to the ranks, and they end when it is killed."""
-        if self.line is not None and not self.done():
-            os.kill(int(self.line["job_id"]), number)
+        if self.job is not None and not self.done():
+            os.kill(int(self.job["job_id"]), number)
 
 
 def wind_down(running: Sequence[Running], stop: Stop | None = None) -> None:
@@ -151,7 +151,7 @@ def wind_down(running: Sequence[Running], stop: Stop | None = None) -> None:
     asked = time.monotonic()
     again = stop.asked + 1 if stop else 0
     told = 0.0
-    left = [r for r in running if r.line is not None]
+    left = [r for r in running if r.job is not None]
     while left := [r for r in left if not r.done()]:
         now = time.monotonic()
         listening = {r.trial.trial_id for r in left if r.folder.is_running()}
@@ -246,12 +246,12 @@ class Submission:
                 self.queue.append(trial)
 
     def _adopt(self, trial: Trial, folder: TrialFolder, line: Mapping[str, Any] | None) -> None:
-        place = line.get("place") if line else None
-        if place not in self.free:
-            place = self.free[0] if self.free else None
+        job = {"job_id": line["job_id"], "place": line["place"]} if line else None
+        attempt = line["attempt"] if line else folder.newest_attempt()
+        place = job["place"] if job and job["place"] in self.free else next(iter(self.free), None)
         if place is not None:
             self.free.remove(place)
-        self.running[trial.trial_id] = Running(trial, folder, place, folder.newest_attempt(), line)
+        self.running[trial.trial_id] = Running(trial, folder, place, attempt, job)
         self.view.say(f"{label(trial)} is running already: waiting for it")
 
     def _start(self, trial: Trial, place: int) -> None:
@@ -263,8 +263,8 @@ class Submission:
         debug = self.cluster.executor == "debug"
         if not debug:
             running.process = self._submit(job, folder, self.places[place])
-        running.line = {"job_id": f"debug-{os.getpid()}" if debug else running.process.job_id, "place": place}
-        self.ledger.append("submitted", trial, attempt, **running.line)
+        running.job = {"job_id": f"debug-{os.getpid()}" if debug else running.process.job_id, "place": place}
+        self.ledger.append("submitted", trial, attempt, **running.job)
         if debug and _in_this_process(job) == "interrupted":
             self.stop.asked += 1
 
@@ -281,14 +281,14 @@ class Submission:
     def _reap(self, running: Running) -> bool:
         """Takes note of a job that is over; False when its trial runs on under somebody else's hands."""
         if running.folder.is_running():
-            running.process = running.line = None
+            running.process = running.job = None
             return False
         trial = running.trial
         del self.running[trial.trial_id]
         if running.place is not None:
             self.free.append(running.place)
         state = self.states[trial.trial_id] = running.folder.state()
-        fields = {**(running.line or {}), "state": state.state}
+        fields = {**(running.job or {}), "state": state.state}
         self.ledger.append("ended", trial, running.attempt, **fields)
         for leftover in running.folder.logs.glob("*.rendezvous"):
             leftover.unlink(missing_ok=True)
@@ -307,7 +307,7 @@ class Submission:
             self.view.say(f"stopping: {len(running)} running trial(s) save themselves; Ctrl-C again kills them")
         wind_down(running, self.stop)
         for one in running:
-            if one.line is None and one.folder.is_running():
+            if one.job is None and one.folder.is_running():
                 self.view.say(f"{label(one.trial)}: runs on, since it was not started from here")
             else:
                 self._reap(one)

@@ -1,0 +1,206 @@
+"""The command line as a process: exit statuses, messages, and what it never imports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from harness.store import Store
+from harness.study import planned
+from launch.__main__ import app, run
+from tests.synthetic import STUDY, write_study, write_trial
+from tests.trials import trial
+
+Command = Callable[..., tuple[int, str, str]]
+HEAVY = {"torch", "mlflow", "submitit", "deepspeed", "torchvision", "pandas", "matplotlib"}
+
+
+@pytest.fixture
+def wrbench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """(exit status, stdout, stderr) of a command, in this process."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wrbench", *map(str, arguments)])
+        capfd.readouterr()
+        code = run(app)
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def study_file(folder: Path, **over: Any) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(STUDY | {"name": "mine"} | over, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["study", "plan", "nosuch"], ["study: 'nosuch' is not in configs/study", "demo"]),
+        (["study", "plan", "nosuch.yaml"], ["nosuch.yaml", "no such file"]),
+        (["study", "status", "demo", "--set", "budget.epochs"], ["--set 'budget.epochs'", "KEY=VALUE"]),
+        (["study", "status", "demo", "--set", "budget.epoch=3"], ["budget.epoch", "epochs"]),
+        (["study", "submit", "demo", "--cluster", "nowhere"], ["cluster: 'nowhere'", "local"]),
+        (["study", "submit", "demo", "--set", "ranks=3"], ["global_batch_size", "100", "3 ranks"]),
+        (["study", "submit", "demo", "--set", "workload.data.path=nowhere"], ["nowhere", "wrbench shards build mnist5k --out"]),
+        (["study", "submit", "demo", "--phase", "both"], ["both", "finalists"]),
+        (["study", "logs", "demo", "abc"], ["'abc'", "none yet"]),
+        (["study", "plan"], ["FILE"]),
+        (["study", "plam", "demo"], ["plam", "plan"]),
+        (["shards", "build", "mnist6k", "--out", "x"], ["mnist6k", "mnist5k"]),
+        (["shards", "verify", "nowhere"], ["nowhere", "no such folder"]),
+        (["train", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(wrbench: Command, arguments: list[str], said: list[str], store: Path) -> None:
+    options = ["--store", str(store)] if arguments[0] == "study" and len(arguments) > 2 else []
+    code, out, err = wrbench(*arguments, *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(part in err for part in said), err
+    assert not store.exists()
+
+
+def test_an_unknown_arm_key_is_named_with_the_valid_ones(wrbench: Command, tmp_path: Path, store: Path) -> None:
+    arm = {"optimizer": {"name": "adam", "lr": 0.001, "nesterov": True}, "schedule": {"name": "cosine"}}
+    code, _, err = wrbench("study", "submit", study_file(tmp_path, arms={"AdamW": arm}), "--store", store)
+    assert code == 2 and err.count("\n") == 1, err
+    assert "arms.AdamW.optimizer.nesterov: unknown key" in err and "betas" in err
+    assert not store.exists()
+
+
+def test_every_mistake_has_its_line(wrbench: Command, tmp_path: Path) -> None:
+    file = study_file(tmp_path, ranks=0, search={"points": 0})
+    code, _, err = wrbench("study", "plan", file)
+    assert code == 2 and len(err.splitlines()) == 2, err
+    assert all(line.startswith("error: ") for line in err.splitlines())
+
+
+def test_a_store_that_is_a_file(wrbench: Command, tmp_path: Path, mnist5k: Path) -> None:
+    store = tmp_path / "runs"
+    store.write_text("not a folder")
+    file = study_file(tmp_path, workload={"name": "mnist5k_cnn", "data": {"path": str(mnist5k)}})
+    code, _, err = wrbench("study", "submit", file, "--store", store)
+    assert code == 2 and err.count("\n") == 1 and "--store" in err and "not writable" in err, err
+    assert store.read_text() == "not a folder"
+
+
+def test_plan_as_json_starts_nothing(wrbench: Command, store: Path) -> None:
+    code, out, _ = wrbench("study", "plan", "demo", "--json", "--store", store)
+    assert code == 0 and not store.exists()
+    plan = json.loads(out)
+    assert (plan["study"], plan["arms"]) == ("demo", ["AdamWR", "SGDWR"])
+    searched, pending = ([t for t in plan["trials"] if (t["trial_id"] is None) == undecided] for undecided in (False, True))
+    assert (len(searched), len(pending)) == (8, 6)
+    assert {t["phase"] for t in pending} == {"finalists"}
+    assert set(plan["trials"][0]) == {
+        "trial_id",
+        "arm",
+        "seed",
+        "phase",
+        "steps",
+        "cycle_end_epochs",
+        "cycle_end_steps",
+        "estimate_seconds",
+    }
+    for one in searched:
+        assert (one["steps"], one["cycle_end_epochs"], one["cycle_end_steps"]) == (245, [1, 3, 7], [35, 105, 245])
+        assert one["estimate_seconds"] is None
+
+
+def test_plan_with_the_schedule_of_every_step(wrbench: Command, store: Path) -> None:
+    code, out, _ = wrbench("study", "plan", "demo", "--json", "--schedule", "--set", "search.points=1", "--store", store)
+    steps = json.loads(out)["trials"][0]["steps"]
+    assert code == 0 and [row["step"] for row in steps] == list(range(245))
+    assert set(steps[0]) == {"step", "epoch", "cycle", "eta", "lr", "weight_decay"}
+    assert [row["eta"] for row in (steps[0], steps[35], steps[70])] == pytest.approx([1, 1, 0.5])
+    assert steps[70]["lr"] == pytest.approx(0.5 * steps[0]["lr"])
+
+
+def test_plan_for_people_says_what_is_known_and_warns(wrbench: Command, store: Path) -> None:
+    code, out, err = wrbench("study", "plan", "demo", "--set", "budget.epochs=6", "--set", "workload.data.path=nowhere", "--store", store)
+    assert code == 0
+    assert out.count("pending") == 6 and "not measured yet" in out
+    assert "budgets that end a cycle: 3 or 7" in err and "wrbench shards build" in err
+
+
+def test_dry_run_needs_no_data_and_writes_nothing(wrbench: Command, store: Path) -> None:
+    code, out, err = wrbench("study", "submit", "demo", "--dry-run", "--set", "workload.data.path=nowhere", "--store", store)
+    assert code == 0 and not store.exists()
+    assert (out.count("submit "), out.count("later ")) == (8, 6)
+    assert "wrbench shards build" in err
+
+
+def test_status_of_a_study_in_the_store(wrbench: Command, tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    loaded = write_study(store, STUDY | {"search": {"points": 1, "seeds": 1}})
+    first = next(p.trial for p in planned(loaded, {}) if p.trial is not None)
+    write_trial(store, first, "failed")
+    code, out, err = wrbench("study", "status", loaded.source, "--json", "--store", store.root)
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["study"] == "synthetic"
+    row = document["trials"][0]
+    keys = {"trial_id", "arm", "seed", "phase", "state", "step", "total_steps", "attempts", "job_id", "run_id", "last_error"}
+    assert keys <= set(row)
+    assert (row["trial_id"], row["state"], row["total_steps"], row["attempts"]) == (first.trial_id, "failed", 245, 1)
+    code, out, _ = wrbench("study", "status", loaded.source, "--store", store.root)
+    assert code == 0 and "1 failed" in out.splitlines()[-1]
+
+
+def test_train_refuses_missing_shards_before_it_writes(wrbench: Command, tmp_path: Path, store: Path) -> None:
+    file = tmp_path / "trial.yaml"
+    document = trial().model_dump(mode="json", exclude_unset=True)
+    document["workload"]["data"]["path"] = str(tmp_path / "nowhere")
+    file.write_text(yaml.safe_dump(document))
+    code, _, err = wrbench("train", file, "--store", store)
+    assert code == 2 and err.count("\n") == 1 and "wrbench shards build" in err, err
+    assert not list(store.glob("*"))
+
+
+def test_verify_names_a_truncated_shard_and_exits_1(wrbench: Command, tmp_path: Path, mnist5k: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(mnist5k, broken)
+    shard = sorted(broken.glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:1000])
+    code, out, err = wrbench("shards", "verify", broken)
+    assert code == 1 and shard.name in err and err.startswith("error: "), err
+    assert " fault(s), 0 warning(s)" in out
+
+
+def test_looking_imports_nothing_heavy_and_exit_statuses_reach_the_shell(tmp_path: Path, mnist5k: Path) -> None:
+    store = str(tmp_path / "runs")
+    looks = (
+        ["plan", "demo", "--json"],
+        ["plan", "demo"],
+        ["status", "demo", "--json"],
+        ["submit", "demo", "--dry-run"],
+        ["logs", "demo", "x"],
+    )
+    code = f"""
+import sys
+from launch.__main__ import app, run
+for look in {looks!r}:
+    sys.argv = ["wrbench", "study", *look, "--store", {store!r}]
+    status = run(app)
+    heavy = {HEAVY!r} & set(sys.modules)
+    assert not heavy, (look, heavy)
+sys.exit(status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: TRIAL: 'x'")

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.config import BadInput, Cluster, Trial
+from harness.store import Store
+from harness.study import LoadedStudy, planned
+from launch import submit
+from launch.plan import cycle_end_epochs, measured_seconds_per_step
+from launch.progress import Lines
+from launch.submit import Stop, Submission, places, visible_gpus
+from launch.terminal import console, duration
+from tests.synthetic import STUDY, write_study, write_trial
+from tests.trials import trial
+
+
+def searched(loaded: LoadedStudy) -> list[Trial]:
+    return [p.trial for p in planned(loaded, {}) if p.trial is not None]
+
+
+def test_each_place_has_gpus_of_its_own() -> None:
+    assert places(2, 2, []) == [[], []]
+    assert places(8, 2, [0, 1, 2, 3, 4]) == [[0, 1], [2, 3]]
+    assert places(1, 1, [5, 7]) == [[5]]
+    assert places(3, 4, [0, 1]) == [[], [], []]  # too few for one trial: all on the CPU
+
+
+def test_gpus_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for named, numbers in (("2,3", [2, 3]), ("", []), ("-1", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert visible_gpus() == numbers
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f2e")
+    with pytest.raises(BadInput, match="must be numbers"):
+        visible_gpus()
+
+
+def test_a_study_s_ranks_come_before_the_cluster_s(tmp_path: Path) -> None:
+    local, debug = Cluster(executor="local", ranks=4), Cluster(executor="debug", ranks=4)
+    loaded = write_study(Store(tmp_path), STUDY)
+    assert (submit.world_size(loaded, local), submit.world_size(loaded, debug)) == (4, 1)
+    loaded = write_study(Store(tmp_path), STUDY | {"ranks": 2})
+    assert (submit.world_size(loaded, local), submit.world_size(loaded, debug)) == (2, 1)
+
+
+def test_nothing_is_submitted_when_all_has_ended_and_failures_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path)
+    loaded = write_study(store, STUDY | {"finalists": None})
+    for place, one in enumerate(searched(loaded)):
+        write_trial(store, one, {1: "failed", 2: "diverged"}.get(place, "finished"), until=0.4 if place in (1, 2) else 1.0)
+    failed = searched(loaded)[1]
+    with Stop() as stop:
+        work = Submission(loaded, store, Cluster(executor="local"), Lines(console()), stop, phase=None, retry=False)
+        work.run()
+    assert work.submitted == 0 and not (store.study(loaded.name) / "ledger.jsonl").exists()
+    assert len(work.problems) == 1 and failed.trial_id in work.problems[0] and "--retry" in work.problems[0]
+    assert "7 finished, 0 running, 0 waiting, 1 failed" in capsys.readouterr().out
+
+
+def test_finalists_that_no_search_decided_are_a_problem(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    loaded = write_study(store, STUDY)
+    write_trial(store, searched(loaded)[0])
+    with Stop() as stop:
+        work = Submission(loaded, store, Cluster(executor="local"), Lines(console()), stop, phase="finalists", retry=False)
+        work.run()
+    assert [line.split(":")[0] for line in work.problems] == ["AdamWR", "SGDWR"]
+
+
+def test_stop_counts_signals_and_gives_them_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == 2
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_children_are_deaf_to_the_terminal_and_this_process_is_not() -> None:
+    asks = "import signal; print(sorted(s.name for s in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    with submit.deaf_to_the_terminal():
+        done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "['SIGHUP', 'SIGINT']"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "budget", "ends"),
+    [
+        ({"name": "cosine_restarts", "t_0": 1, "t_mult": 2}, 7, [1, 3, 7]),
+        ({"name": "cosine_restarts", "t_0": 1, "t_mult": 2}, 6, [1, 3]),
+        ({"name": "cosine_restarts", "t_0": 1.5, "t_mult": 1}, 4.5, [1.5, 3, 4.5]),
+        ({"name": "cosine"}, 7, [7]),
+    ],
+)
+def test_cycle_ends_in_epochs_are_as_configured(schedule: dict[str, object], budget: float, ends: list[float]) -> None:
+    assert cycle_end_epochs(trial(schedule=schedule, budget={"epochs": budget, "global_batch_size": 100})) == ends
+
+
+def test_cost_is_measured_on_finished_trials_like_these(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    loaded = write_study(store, STUDY)
+    one, two, *_ = searched(loaded)
+    write_trial(store, one, "interrupted", until=0.5)
+    assert measured_seconds_per_step(one, 2, store) is None
+    write_trial(store, two)
+    assert measured_seconds_per_step(one, 2, store) == pytest.approx(0.05, rel=0.1)
+    assert measured_seconds_per_step(one, 4, store) is None
+    assert measured_seconds_per_step(trial(budget={"epochs": 7, "global_batch_size": 50}), 2, store) is None
+
+
+def test_durations_for_people() -> None:
+    assert [duration(s) for s in (None, 0.4, 59.6, 61, 3661)] == ["-", "0s", "1m00s", "1m01s", "1h01m"]
