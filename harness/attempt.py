@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from harness import checkpoint, journal
 from harness.config import Trial
 from harness.data.loader import Substitution
@@ -89,6 +91,7 @@ class Attempt:
             "backend": self.trial.backend.name,
             "zero_stage": self.trial.backend.zero_stage,
             "device": self.ranks.device.type,
+            "threads": torch.get_num_threads(),
             "host": socket.gethostname(),
             "platform": platform.platform(),
             "pid": os.getpid(),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness import checkpoint, journal
+from harness import checkpoint, journal, optim
 from harness.config import Trial
 from harness.store import Store
 from harness.train import train
@@ -24,16 +24,17 @@ from tests.unit.test_optim import control, reference_lambda
 
 SGDW = {"optimizer": {"name": "sgd", "lr": 0.05}, "decay": {"name": "decoupled", "weight_decay": 0.1, "normalised": True}}
 ADAMW = {"optimizer": {"name": "adam", "lr": 0.003}, "decay": {"name": "decoupled", "weight_decay": 0.1, "normalised": True}}
+FEW = {"name": "few", "train_samples": 800, "holdout_samples": 100, "val_samples": 200}
 
 
 def small(path: Path, **over: Any) -> Trial:
-    """21 steps of 500 in three cycles of 3, 6 and 12 steps; a checkpoint every epoch of 7 steps and at cycle ends."""
+    """21 steps of 100 in three cycles of 3, 6 and 12 steps; a checkpoint every epoch of 7 steps and at cycle ends."""
     return trial(
         **{
-            "data": {"path": str(path)}, "recipe": {"translate": 2},
-            "budget": {"epochs": 3, "global_batch_size": 500},
+            "data": FEW | {"path": str(path)}, "recipe": {"translate": 2},
+            "budget": {"epochs": 3, "global_batch_size": 100},
             "schedule": {"name": "cosine_restarts", "t_0": 3 / 7, "t_mult": 2},
-            "evaluation": {"log_every_steps": 1, "batch_size": 250, "train_eval_samples": 100},
+            "evaluation": {"log_every_steps": 1, "batch_size": 100, "train_eval_samples": 50},
         } | over
     )  # fmt: skip
 
@@ -64,11 +65,11 @@ def test_a_trial_learns_and_its_record_is_whole(tmp_path: Path, mnist5k: Path) -
 
 
 @pytest.mark.parametrize(("arm", "stage", "world"), [(SGDW, 0, 2), (ADAMW, 1, 2), (ADAMW, 0, 3)], ids=["sgdw-ddp", "adamw-zero1", "adamw-ddp-3"])
-def test_kill_9_of_any_rank_at_any_step_leaves_no_trace(tmp_path: Path, mnist5k: Path, arm: dict[str, Any], stage: int, world: int) -> None:
+def test_kill_9_of_any_rank_at_any_step_leaves_no_trace(tmp_path: Path, few: Path, arm: dict[str, Any], stage: int, world: int) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed of the kills: {seed}")
     rng = random.Random(seed)
-    t = small(mnist5k, **arm, backend={"zero_stage": stage}, **({"budget": {"epochs": 3, "global_batch_size": 498}} if world == 3 else {}))
+    t = small(few, **arm, backend={"zero_stage": stage}, **({"budget": {"epochs": 3, "global_batch_size": 99}} if world == 3 else {}))
     undisturbed = finish(t, calm := Store(tmp_path / "calm"), world)
     store = Store(tmp_path / "killed")
     folder = store.trial(t.study, t.trial_id)
@@ -84,8 +85,8 @@ def test_kill_9_of_any_rank_at_any_step_leaves_no_trace(tmp_path: Path, mnist5k:
     assert history(folder) == history(calm.trial(t.study, t.trial_id))
 
 
-def test_told_to_stop_all_ranks_save_together_and_no_step_is_repeated(tmp_path: Path, mnist5k: Path) -> None:
-    t = small(mnist5k, **SGDW, checkpoint={"every_epochs": 3})
+def test_told_to_stop_all_ranks_save_together_and_no_step_is_repeated(tmp_path: Path, few: Path) -> None:
+    t = small(few, **SGDW, checkpoint={"every_epochs": 3})
     undisturbed = finish(t, calm := Store(tmp_path / "calm"), 2)
     store = Store(tmp_path / "stopped")
     folder = store.trial(t.study, t.trial_id)
@@ -103,16 +104,16 @@ def test_told_to_stop_all_ranks_save_together_and_no_step_is_repeated(tmp_path: 
     assert lines == list(range(21))
 
 
-def test_world_size_sharding_and_accumulation_change_rounding_only(tmp_path: Path, mnist5k: Path) -> None:
+def test_world_size_sharding_and_accumulation_change_rounding_only(tmp_path: Path, few: Path) -> None:
     """The same global batches and sums of the same terms: weights agree to fp32 rounding over 21 steps.
 
     Limit 1e-4 relative: reordering the sum of four micro-batches alone moves weights by 1e-6 to 1e-5 under Adam.
     """
     states = {}
     for name, world, backend in (
-        ("one", 1, {}), ("accumulated", 1, {"micro_batch_size": 125}), ("two", 2, {}), ("zero1", 2, {"zero_stage": 1, "micro_batch_size": 125}),
+        ("one", 1, {}), ("accumulated", 1, {"micro_batch_size": 25}), ("two", 2, {}), ("zero1", 2, {"zero_stage": 1, "micro_batch_size": 25}),
     ):  # fmt: skip
-        t = small(mnist5k, **ADAMW, backend=backend)
+        t = small(few, **ADAMW, backend=backend)
         store = Store(tmp_path / name)
         finish(t, store, world)
         folder = store.trial(t.study, t.trial_id)
@@ -130,12 +131,12 @@ def test_world_size_sharding_and_accumulation_change_rounding_only(tmp_path: Pat
         assert other_points["val/loss", 20] == pytest.approx(points["val/loss", 20], rel=1e-3)
 
 
-def test_a_checkpoint_moves_between_world_sizes_and_stages(tmp_path: Path, mnist5k: Path) -> None:
+def test_a_checkpoint_moves_between_world_sizes_and_stages(tmp_path: Path, few: Path) -> None:
     ends = {}
     for name, worlds in (("2-2", (2, 2)), ("2-1", (2, 1)), ("1-2", (1, 2))):
         store = Store(tmp_path / name)
         for i, world in enumerate(worlds):
-            t = small(mnist5k, **ADAMW, backend={"zero_stage": 1}, checkpoint={"every_epochs": 1})
+            t = small(few, **ADAMW, backend={"zero_stage": 1}, checkpoint={"every_epochs": 1})
             ranks = Ranks(t, store, world)
             if i == 0:
                 ranks.wait_for_step(12)
@@ -169,45 +170,44 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize(("optimizer", "decay"), COMBINATIONS)
 def test_train_itself_equals_the_reference(
-    tmp_path: Path, mnist5k: Path, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any], decay: dict[str, Any]
+    tmp_path: Path, few: Path, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any], decay: dict[str, Any]
 ) -> None:
     """float64, 200 steps over five restarts, driven by train(): the gradients it saw, through the NumPy reference."""
     t = trial(
-        data={"path": str(mnist5k)}, recipe={"precision": "fp64", "translate": 2}, optimizer=optimizer, decay=decay,
-        budget={"epochs": 200 / 583, "global_batch_size": 6}, schedule={"name": "cosine_restarts", "t_0": 6 / 583, "t_mult": 2},
-        evaluation={"batch_size": 1000, "train_eval_samples": 10},
+        data=FEW | {"path": str(few)}, recipe={"precision": "fp64", "translate": 2}, optimizer=optimizer, decay=decay,
+        budget={"epochs": 200 / 116, "global_batch_size": 6}, schedule={"name": "cosine_restarts", "t_0": 6 / 116, "t_mult": 2},
+        evaluation={"batch_size": 100, "train_eval_samples": 10},
     )  # fmt: skip
     slow = control(t)
     exempt = getattr(t.decay, "exempt_1d", False)
     theta: dict[str, np.ndarray] = {}
+    parameters: list[torch.Tensor] = []
     count = 0
+    write = optim.write
 
-    def observe(built: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def observed(built: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+        """Stands where train() hands lr and decay over, just before the step: the gradients are those of the step."""
         nonlocal count
-        parameters = [p for group in built.param_groups for p in group["params"]]
+        parameters[:] = [p for group in built.param_groups for p in group["params"]]
         if not theta:
             theta.update({str(i): p.detach().numpy().copy() for i, p in enumerate(parameters)})
-        eta, _, full = reference.eta_cosine_restarts(count, 583, 6 / 583, 2, 0.0)
+        eta, _, full = reference.eta_cosine_restarts(count, 116, 6 / 116, 2, 0.0)
         lam = reference_lambda(t, full)
         grads = {str(i): p.grad.numpy().copy() for i, p in enumerate(parameters) if p.grad is not None}
         slow.step(theta, grads, eta, {k: 0.0 if exempt and theta[k].ndim <= 1 else lam for k in theta})
-        finals[:] = parameters
         count += 1
+        write(built, lr, weight_decay)
 
-    finals: list[torch.Tensor] = []
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(observe)
-    try:
-        result = train(t, Store(tmp_path))
-    finally:
-        hook.remove()
+    monkeypatch.setattr(optim, "write", observed)
+    result = train(t, Store(tmp_path))
     assert (result["state"], count) == ("finished", 200)
-    for i, parameter in enumerate(finals):
+    for i, parameter in enumerate(parameters):
         ours = parameter.detach().numpy()
         assert np.linalg.norm(ours - theta[str(i)]) < 1e-12 * np.linalg.norm(theta[str(i)])
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_doubled(tmp_path: Path, mnist5k: Path) -> None:
-    t = small(mnist5k, **SGDW)
+def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_doubled(tmp_path: Path, few: Path) -> None:
+    t = small(few, **SGDW)
     undisturbed = train(t, calm := Store(tmp_path / "calm"))
     store = Store(tmp_path / "damaged")
     folder = store.trial(t.study, t.trial_id)
@@ -226,8 +226,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_doubled(tmp_path: Pa
     assert any("is damaged" in w and newest[2].name in w for w in journal.fold(journal.read(folder.journal)).warnings)
 
 
-def test_an_older_attempt_commits_nothing_once_a_newer_one_has_started(tmp_path: Path, mnist5k: Path) -> None:
-    t = small(mnist5k, **SGDW, budget={"epochs": 30, "global_batch_size": 500})
+def test_an_older_attempt_commits_nothing_once_a_newer_one_has_started(tmp_path: Path, few: Path) -> None:
+    t = small(few, **SGDW, budget={"epochs": 30, "global_batch_size": 100})
     store = Store(tmp_path)
     ranks = Ranks(t, store, 2)
     ranks.wait_for_step(10)
@@ -240,8 +240,8 @@ def test_an_older_attempt_commits_nothing_once_a_newer_one_has_started(tmp_path:
     assert newer == 2
 
 
-def test_a_non_finite_loss_is_a_result(tmp_path: Path, mnist5k: Path) -> None:
-    t = small(mnist5k, optimizer={"name": "sgd", "lr": 1e30}, decay={"name": "none"})
+def test_a_non_finite_loss_is_a_result(tmp_path: Path, few: Path) -> None:
+    t = small(few, optimizer={"name": "sgd", "lr": 1e30}, decay={"name": "none"})
     store = Store(tmp_path)
     result = train(t, store)
     assert result["state"] == "diverged"
@@ -249,9 +249,9 @@ def test_a_non_finite_loss_is_a_result(tmp_path: Path, mnist5k: Path) -> None:
     assert "train/loss is" in str(store.trial(t.study, t.trial_id).state().last_error)
 
 
-def test_a_failure_says_so_and_can_be_run_again(tmp_path: Path, mnist5k: Path) -> None:
+def test_a_failure_says_so_and_can_be_run_again(tmp_path: Path, few: Path) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(mnist5k, broken)
+    shutil.copytree(few, broken)
     shard = next(broken.glob("val-*.tar"))
     shard.write_bytes(shard.read_bytes()[:-4096])
     t = small(broken, **SGDW)
@@ -262,15 +262,14 @@ def test_a_failure_says_so_and_can_be_run_again(tmp_path: Path, mnist5k: Path) -
     assert state.state == "failed"
     assert shard.name in str(state.last_error)
     assert json.loads(store.trial(t.study, t.trial_id).result.read_text())["state"] == "failed"
-    again = train(small(mnist5k, **SGDW), store)
+    again = train(small(few, **SGDW), store)
     assert (again["state"], again["attempts"]) == ("finished", 2)
 
 
 @pytest.mark.parametrize("recipe", [{"label_smoothing": 0.2}, {"precision": "bf16"}])
-def test_recipes_train(tmp_path: Path, mnist5k: Path, recipe: dict[str, Any]) -> None:
-    plain = train(small(mnist5k, **ADAMW), Store(tmp_path / "plain"))
-    other = train(small(mnist5k, **ADAMW, recipe={"translate": 2} | recipe), Store(tmp_path / "other"))
+def test_recipes_train(tmp_path: Path, few: Path, recipe: dict[str, Any]) -> None:
+    plain = train(small(few, **ADAMW), Store(tmp_path / "plain"))
+    other = train(small(few, **ADAMW, recipe={"translate": 2} | recipe), Store(tmp_path / "other"))
     assert other["weights_sha256"] != plain["weights_sha256"]
-    # plain cross-entropy is reported whatever smoothing trains: a smoothed loss could not fall below 0.9 nats here
-    assert other["metrics"]["train/loss"] < 0.8
-    assert other["metrics"]["val/top1"] > 0.75
+    assert other["metrics"]["val/top1"] > 0.5
+    assert other["metrics"]["train/loss"] == pytest.approx(other["metrics"]["train_eval/loss"], abs=0.6)
