@@ -17,6 +17,7 @@ the steps after the checkpoint it started from: `fold` keeps exactly one value a
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -49,11 +50,16 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a journal, in order; a torn one is passed over, an absent journal is empty."""
+    """The lines of a journal; an absent one is empty."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        return
+        return iter(())
+    return lines(text)
+
+
+def lines(text: bytes) -> Iterator[dict[str, Any]]:
+    """The whole lines of a journal's text, in order; a torn one is passed over."""
     for raw in text.splitlines():
         try:
             line = json.loads(raw)
@@ -79,7 +85,8 @@ class Record:
     """A journal, folded: what is final, what is not yet, and where the trial stands."""
 
     settled: list[Point] = field(default_factory=list)
-    """final points, one a (metric, step): before the last committed checkpoint, or all once the trial ended"""
+    """final points, one a (metric, step): before the last committed checkpoint, or all once the trial ended; a longer
+    journal only appends to them"""
     pending: list[Point] = field(default_factory=list)
     """points after the last committed checkpoint, which a later attempt would repeat"""
     starts: list[dict[str, Any]] = field(default_factory=list)
@@ -98,32 +105,47 @@ class Record:
     def points(self) -> list[Point]:
         return self.settled + self.pending
 
+    def state(self, running: bool) -> str:
+        """pending | running | interrupted | finished | failed | diverged; `running`: a live process holds the trial.
+
+        Find out whether one does *before* reading the journal: a trial that ends in between is then called running for
+        a moment longer, and never interrupted.
+        """
+        if running:
+            return "running"
+        if self.end is not None:
+            return str(self.end["state"])
+        return "interrupted" if self.starts else "pending"
+
 
 def fold(lines: Iterable[dict[str, Any]]) -> Record:
     """The journal's meaning: one value a (metric, step), the newest that nothing final stands against.
 
-    A point before a committed checkpoint is final and is never superseded, also when a damaged checkpoint makes a
-    later attempt repeat it; a point after it is replaced by the attempt that repeats its step. Lines that an older
-    attempt writes after a newer one has started (split brain) count for nothing.
+    What a committed checkpoint or the trial's end makes final is never superseded, also when a damaged checkpoint or a
+    retry makes a later attempt repeat it: it may have been delivered already. Other points are replaced by the attempt
+    that repeats their step. Lines that an older attempt writes after a newer one has started (split brain), or that an
+    attempt writes after its end (another rank failed first), count for nothing.
     """
     record = Record()
     settled: dict[tuple[str, int], Point] = {}
     pending: dict[tuple[str, int], Point] = {}
     newest = 0
 
+    def settle(before: float) -> None:
+        for key in [k for k in pending if k[1] < before]:
+            settled[key] = pending.pop(key)
+
     def commit(steps: int) -> None:
         record.committed = max(record.committed, steps)
-        for key in [k for k in pending if k[1] < record.committed]:
-            settled.setdefault(key, pending.pop(key))
+        settle(record.committed)
 
     for line in lines:
-        attempt, step = int(line["attempt"]), int(line["step"])
-        if attempt < newest:
+        attempt, step, event = int(line["attempt"]), int(line["step"]), line.get("event")
+        if attempt < newest or (record.end is not None and event != "start"):
             continue
         newest = attempt
         record.first_timestamp = record.first_timestamp or line["timestamp"]
         record.last_timestamp = line["timestamp"]
-        event = line.get("event")
         if event == "start":
             commit(line["resumed_from"])  # the checkpoint is there, even if its line was lost with the process
             pending.clear()
@@ -138,13 +160,11 @@ def fold(lines: Iterable[dict[str, Any]]) -> Record:
             record.stopped = True
         elif event == "end":
             record.end = line
+            settle(math.inf)
         elif "metrics" in line:
             record.steps_done = max(record.steps_done, step + 1)
             for metric, value in line["metrics"].items():
-                if step >= record.committed:
+                if (metric, step) not in settled:
                     pending[metric, step] = Point(metric, step, value, line["timestamp"], attempt)
-    if record.end is not None:
-        settled.update({k: v for k, v in pending.items() if k not in settled})
-        pending.clear()
     record.settled, record.pending = list(settled.values()), list(pending.values())
     return record

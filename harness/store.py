@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ import yaml
 
 from harness import journal
 from harness.config import BadInput, Trial, parse, read_yaml
+
+_EXCLUSIVE = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+"""struct flock of a write lock on a whole file, belonging to the open file (not to the process, which may open it again)"""
 
 ENDED = ("finished", "failed", "diverged")
 
@@ -38,7 +42,7 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -103,34 +107,36 @@ class TrialFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self._lock, "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _EXCLUSIVE)
+            except (BlockingIOError, PermissionError):
                 raise BadInput(f"trial {self.path.name}: an attempt is running already; wait for it, or stop it") from None
             yield
 
+    def finished_result(self) -> dict[str, Any] | None:
+        """result.json of a finished trial; None for any other."""
+        try:
+            result: dict[str, Any] = json.loads(self.result.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return result if result.get("state") == "finished" else None
+
     def is_running(self) -> bool:
+        """Whether somebody holds the lock. Asks without taking it: a slow asker must not keep an attempt from starting."""
         try:
             with open(self._lock) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                (kind,) = struct.unpack_from("h", fcntl.fcntl(file, fcntl.F_OFD_GETLK, _EXCLUSIVE))
         except FileNotFoundError:
             return False
-        except BlockingIOError:
-            return True
-        return False
+        return bool(kind != fcntl.F_UNLCK)
 
     def state(self) -> TrialState:
+        running = self.is_running()
         record = journal.fold(journal.read(self.journal))
         start: dict[str, Any] = record.starts[-1] if record.starts else {}
-        if self.is_running():
-            state = "running"
-        elif record.end is not None:
-            state = str(record.end["state"])
-        else:
-            state = "interrupted" if record.starts else "pending"
         points = record.points()
         seconds = [p for p in points if p.metric == "time/train_seconds"]
         return TrialState(
-            state=state,
+            state=record.state(running),
             step=record.steps_done,
             total_steps=start.get("total_steps"),
             attempts=max(len(record.starts), self.newest_attempt()),

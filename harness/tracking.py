@@ -1,0 +1,512 @@
+"""The journals of a study, delivered to MLflow by a process of its own.
+
+Training never talks to MLflow: it appends to its journal. `deliver` makes MLflow say what the settled part of each
+journal says, with the journal's timestamps; MLflow keeps one row a (run, metric, step, timestamp, value), so whatever is
+sent again changes nothing, and a crash at any point costs only time. `delivered.json` in a trial's folder remembers what
+was sent where; it saves work, and may be deleted at any time.
+
+NaN arrives as NaN. MLflow keeps inf and -inf as +-1.7976931348623157e308, the largest float.
+
+MLflow is imported inside functions (it costs two seconds), torch never.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from harness import journal
+from harness.config import BadInput, Trial
+from harness.journal import Point, Record
+from harness.store import Store, TrialFolder, write_atomically
+
+BATCH = 1000
+"""metrics MLflow takes in one request"""
+
+STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "diverged": "FAILED", "interrupted": "KILLED"}
+"""state of a trial -> status of its MLflow run"""
+
+ATTEMPT_TAGS = (
+    "attempt", "world_size", "micro_batch_size", "backend", "zero_stage", "device", "host", "platform", "commit", "data_sha256", "job_id",
+)  # fmt: skip
+"""what may differ between attempts: tags, as the newest attempt's start line has them"""
+
+EVERY, AT_MOST = 2.0, 30.0
+"""seconds between two passes of a delivering process: when all is well, and when passes are slow or fail"""
+
+
+class DeliveryError(RuntimeError):
+    """MLflow cannot be reached or refuses; one line, without secrets."""
+
+
+# ------------------------------------------------------------------------------------------ the tracking store
+
+
+def tracking_uri(store: Store) -> str:
+    """MLFLOW_TRACKING_URI, or the store's own SQLite database."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or _own_uri(store)
+
+
+def _own_uri(store: Store) -> str:
+    return f"sqlite:///{store.root / 'mlflow.db'}"
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition("://")[0] if "://" in uri else ""
+
+
+def redacted(text: str) -> str:
+    """`text` with user:password in URIs struck out."""
+    return re.sub(r"://\S*@", "://***@", text)
+
+
+def check_store(store: Store) -> None:
+    """BadInput unless the tracking store can be written, as far as that is known without importing MLflow or a network."""
+    uri = tracking_uri(store)
+    if _scheme(uri) in ("", "file"):
+        raise BadInput(
+            f"MLFLOW_TRACKING_URI: {uri!r} is not a server or a database; e.g. http://127.0.0.1:5000 or sqlite:////abs/mlflow.db"
+        )
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not path.exists():
+        Store(path.parent).check_writable()
+        return
+    try:
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=0, isolation_level=None)
+        try:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            database.execute("BEGIN IMMEDIATE")
+        finally:
+            database.close()
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            return  # somebody writes to it this moment
+        raise BadInput(f"{path}: not a tracking store that can be written ({error}); move it away, or use another --store") from None
+    if tables and "alembic_version" not in tables:
+        raise BadInput(f"{path}: a database, but not MLflow's; move it away, or use another --store")
+
+
+def open_ui(store: Store, port: int) -> None:
+    """Prints the address of MLflow's UI on the store; for a store in a database, becomes that UI until it is told to end."""
+    uri = tracking_uri(store)
+    if _scheme(uri) in ("http", "https"):
+        print(f"MLflow UI: {redacted(uri)}", flush=True)
+        return
+    check_store(store)
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except OSError as error:
+        raise BadInput(f"--port {port}: {error.strerror}; e.g. --port {port + 1}") from None
+    print(f"MLflow UI: http://127.0.0.1:{port}", flush=True)
+    # by the environment, since a database's password would show among the arguments
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **_QUIET}
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+_QUIET = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_DISABLE_TELEMETRY": "true"}
+_BOUNDED = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+def _client(uri: str) -> Any:
+    """An MlflowClient that neither chatters nor waits for minutes on a server that is down; the environment may say otherwise."""
+    for key, value in (_QUIET | _BOUNDED).items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line each retry
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+# ------------------------------------------------------------------------------------------ one delivering pass
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What one pass sent."""
+
+    trials: int
+    """trials that had something new"""
+    points: int
+    """metric points sent"""
+    failed: tuple[str, ...] = ()
+    """one line a trial that could not be delivered"""
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    """Where a study is delivered to."""
+
+    client: Any
+    id: str
+    identity: str
+    """names this experiment of this database: a database made anew under the same address has another one"""
+    own: bool
+    """in the store's own database, which only this store's journals are delivered to"""
+
+
+def deliver(store: Store, study: str, tracking_uri: str | None = None) -> Delivered:
+    """One pass: every trial's run says what the settled part of its journal says.
+
+    May be called at any time, by several processes at once, and again after a crash. Raises DeliveryError when MLflow
+    cannot be reached; a trial that alone cannot be delivered is named in `failed` and tried again by the next pass.
+    """
+    folders = [folder for folder in store.trials(study) if folder.journal.exists()]
+    if not folders:
+        return Delivered(0, 0)
+    counts: list[int | None] = []
+    failed: list[str] = []
+    with _one_at_a_time(store.study(study) / "delivery.lock"):
+        experiment = _experiment(store, study, tracking_uri)
+        for folder in folders:
+            try:
+                counts.append(_deliver_trial(experiment, folder))
+            except Exception as error:
+                _cursor_file(folder).unlink(missing_ok=True)  # whatever was wrong, begin with what MLflow itself has
+                failed.append(f"{folder.path.name}: {_line(error)}")
+                experiment = _experiment(store, study, tracking_uri)  # raises when it is MLflow that is gone
+    sent = [n for n in counts if n is not None]
+    return Delivered(len(sent), sum(sent), tuple(failed))
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(redacted(str(error) or type(error).__name__).split())[:600]
+
+
+def _experiment(store: Store, study: str, uri: str | None) -> _Experiment:
+    """The study's experiment, made once. Raises DeliveryError."""
+    uri = uri or tracking_uri(store)
+    # a server knows where its artifacts belong; a bare database does not
+    artifacts = None if _scheme(uri) in ("http", "https") else (store.study(study) / "artifacts").as_uri()
+    try:
+        client = _client(uri)
+        found = client.get_experiment_by_name(study) or _made(client, study, artifacts)
+    except Exception as error:  # MLflow's, SQLAlchemy's, requests': whatever it is, nothing can be delivered now
+        raise DeliveryError(f"MLflow at {redacted(uri)}: {_line(error)}") from None
+    if found.lifecycle_stage != "active":
+        raise DeliveryError(f"MLflow at {redacted(uri)}: experiment {study} is deleted; `mlflow experiments restore` brings it back")
+    identity = f"{redacted(uri)} {found.experiment_id} {found.creation_time}"
+    return _Experiment(client, found.experiment_id, identity, own=uri == _own_uri(store))
+
+
+def _made(client: Any, study: str, artifacts: str | None) -> Any:
+    try:
+        client.create_experiment(study, artifact_location=artifacts)
+    except Exception:
+        found = client.get_experiment_by_name(study)  # made this moment by another store's delivery to the same server
+        if found is None:
+            raise
+        return found
+    return client.get_experiment_by_name(study)
+
+
+def _deliver_trial(to: _Experiment, folder: TrialFolder) -> int | None:
+    """The points sent; None when nothing was new."""
+    cursor = _cursor(folder, to)
+    running = folder.is_running()  # before the journal is read: see Record.state
+    if cursor and cursor["running"] == running and not _event_after(folder.journal, cursor["bytes"]):
+        return None
+    whole = folder.journal.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    record = journal.fold(journal.lines(whole))
+    if record.first_timestamp is None:
+        return None
+    run_id = cursor["run_id"] if cursor else _run_of(to, folder, record)
+    new = record.settled[cursor["points"] if cursor else 0 :]
+    _log_metrics(to.client, run_id, new)
+    _log_state(to.client, run_id, record, record.state(running))
+    cursor = {"to": to.identity, "run_id": run_id, "points": len(record.settled), "bytes": len(whole), "running": running}
+    write_atomically(_cursor_file(folder), json.dumps(cursor) + "\n")
+    return len(new)
+
+
+def _cursor_file(folder: TrialFolder) -> Path:
+    return folder.path / "delivered.json"
+
+
+def _cursor(folder: TrialFolder, to: _Experiment) -> dict[str, Any] | None:
+    """What was delivered to this experiment: run_id, points settled then, bytes of the journal read, running."""
+    try:
+        cursor: dict[str, Any] = json.loads(_cursor_file(folder).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return cursor if cursor.get("to") == to.identity else None
+
+
+def run_id(folder: TrialFolder) -> str | None:
+    """The MLflow run that the trial was last delivered to, from its folder alone; None before the first delivery."""
+    try:
+        return str(json.loads(_cursor_file(folder).read_text())["run_id"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _event_after(path: Path, offset: int) -> bool:
+    """Whether the journal holds an event, the only thing that settles points, after its first `offset` bytes."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return b'"event"' in file.read()
+
+
+def _find_run(to: _Experiment, trial_id: str, record: Record) -> tuple[Any, list[Any]]:
+    """(the trial's run or None, runs of this trial that another journal began).
+
+    Two runs of one journal can only come of a file system without locks; the first by (start_time, run_id) counts.
+    """
+    found = to.client.search_runs([to.id], f"tags.trial_id = '{trial_id}'", max_results=1000)
+    found = sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+    ours = [run for run in found if run.info.start_time == record.first_timestamp]
+    return (ours[0] if ours else None), [run for run in found if run.info.start_time != record.first_timestamp]
+
+
+def _run_of(to: _Experiment, folder: TrialFolder, record: Record) -> str:
+    """The id of the trial's run, made unless it is there, complete but for metrics and state."""
+    trial = folder.read_config()
+    run, foreign = _find_run(to, trial.trial_id, record)
+    if foreign and not to.own:
+        raise DeliveryError(
+            f"run {foreign[0].info.run_id} was delivered from another journal of the same trial: "
+            "give the study another name, or delete that run"
+        )
+    for old in foreign:  # its folder is gone and the trial ran anew; MLflow can bring the old run back
+        to.client.delete_run(old.info.run_id)
+    if run is None:
+        tags = {key: str(getattr(trial, key)) for key in ("study", "arm", "seed", "phase", "trial_id")}
+        name = f"{trial.arm} seed {trial.seed} {trial.trial_id[:8]}"
+        run = to.client.create_run(to.id, start_time=record.first_timestamp, tags=tags, run_name=name)
+    if "state" not in run.data.tags:  # the state comes last: without it somebody may have died here
+        from mlflow.entities import Param
+
+        to.client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params(trial).items()])
+        _log_config(to.client, run.info.run_id, folder.config.read_text(encoding="utf-8"))
+    return str(run.info.run_id)
+
+
+def _log_config(client: Any, run_id: str, text: str) -> None:
+    """config.yaml as an artifact. A store of artifacts that does not work must not keep the metrics away: a tag says so."""
+    try:
+        client.log_text(run_id, text, "config.yaml")
+    except Exception as error:
+        client.set_tag(run_id, "config", f"config.yaml is not stored: {_line(error)}")
+
+
+def params(trial: Trial) -> dict[str, str]:
+    """What defines the result, by dotted key; a value that is not text in JSON."""
+    hidden: dict[str, Any] = dict.fromkeys(("study", "arm", "phase", "backend", "evaluation", "checkpoint"), True)
+    document = trial.model_dump(mode="json", exclude={**hidden, "workload": {"data": {"path"}}})
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in _flat(document)}
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _log_metrics(client: Any, run_id: str, points: list[Point]) -> None:
+    from mlflow.entities import Metric
+
+    for first in range(0, len(points), BATCH):
+        batch = [Metric(p.metric, float(p.value), p.timestamp, p.step) for p in points[first : first + BATCH]]
+        client.log_batch(run_id, metrics=batch)
+
+
+def _log_state(client: Any, run_id: str, record: Record, state: str) -> None:
+    from mlflow.entities import RunTag
+
+    start = record.starts[-1] if record.starts else {}
+    tags = {key: str(start[key]) for key in ATTEMPT_TAGS if start.get(key) is not None}
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in {**tags, "state": state}.items()])
+    if state == "running":
+        client.update_run(run_id, status="RUNNING")
+    else:
+        client.set_terminated(run_id, STATUS[state], end_time=record.last_timestamp)
+
+
+# ------------------------------------------------------------------------------------------ what is not there
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What MLflow does not say yet of a trial."""
+
+    trial_id: str
+    points: int
+    """settled in the journal, not in MLflow"""
+    reason: str
+
+
+def missing(store: Store, study: str, tracking_uri: str | None = None) -> list[Missing]:
+    """The trials of which MLflow does not say all that their journals settle, by comparing the two. Raises DeliveryError."""
+    folders = [folder for folder in store.trials(study) if folder.journal.exists()]
+    if not folders:
+        return []
+    to = _experiment(store, study, tracking_uri)
+    try:
+        return [m for m in (_missing_of(to, folder) for folder in folders) if m is not None]
+    except BadInput:
+        raise
+    except Exception as error:
+        raise DeliveryError(f"MLflow: {_line(error)}") from None
+
+
+def _missing_of(to: _Experiment, folder: TrialFolder) -> Missing | None:
+    running = folder.is_running()
+    record = journal.fold(journal.read(folder.journal))
+    if record.first_timestamp is None:
+        return None
+    trial_id = folder.path.name
+    run, _ = _find_run(to, trial_id, record)
+    if run is None:
+        return Missing(trial_id, len(record.settled), "no run")
+    stored = {
+        (metric, m.step, m.timestamp)
+        for metric in {p.metric for p in record.settled}
+        for m in to.client.get_metric_history(run.info.run_id, metric)
+    }
+    absent = sum((p.metric, p.step, p.timestamp) not in stored for p in record.settled)
+    status, said = STATUS[record.state(running)], run.info.status
+    if absent:
+        return Missing(trial_id, absent, f"{absent} of {len(record.settled)} points")
+    return Missing(trial_id, 0, f"the run says {said}, the trial {status}") if said != status else None
+
+
+def sync(store: Store, study: str, tracking_uri: str | None = None) -> tuple[Delivered, list[Missing]]:
+    """Delivers, compares with MLflow itself, delivers anew what is missing nevertheless: (what was sent, what is missing still).
+
+    The second pass is for a database that lost runs or was restored behind the back of delivered.json.
+    """
+    sent = deliver(store, study, tracking_uri)
+    left = missing(store, study, tracking_uri)
+    if not left:
+        return sent, []
+    for trial in left:
+        _cursor_file(store.trial(study, trial.trial_id)).unlink(missing_ok=True)
+    again = deliver(store, study, tracking_uri)
+    return Delivered(max(sent.trials, again.trials), sent.points + again.points, again.failed), missing(store, study, tracking_uri)
+
+
+# ------------------------------------------------------------------------------------------ the delivering process
+
+
+class Delivery:
+    """A delivering process beside a submission; leaving the context stops it after its final pass."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+
+    def stop(self, timeout: float = 60) -> None:
+        """Final pass, then the end. Whatever is undelivered after `timeout` seconds stays for `wrbench sync`."""
+        _schedule(self.process.pid, os.SCHED_OTHER, 0)
+        self.process.terminate()
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # safe at any point, see `deliver`
+            self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def start_delivery(store: Store, study: str) -> Delivery:
+    """Starts delivering; ends by `stop`, or by itself when this process is gone. Failures: runs/STUDY/delivery.log."""
+    store.study(study).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "harness.tracking", str(store.root), study, "--parent-pid", str(os.getpid())]
+    # A child inherits the mask: SIGTERM waits until the child asks for it, even one sent before Python is up.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        # its own session: a Ctrl-C in the terminal must not end it before its final pass
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _schedule(process.pid, os.SCHED_IDLE, 19)  # training ranks on the same cores come first
+    return Delivery(process)
+
+
+def _schedule(pid: int, policy: int, nice: int) -> None:
+    """Priority of a process, as far as this user may set it (upwards only root may): CPU, and the disk's with the policy."""
+    with suppress(OSError):
+        os.sched_setscheduler(pid, policy, os.sched_param(0))
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice))  # a session is a group of its own; nice counts only inside
+
+
+def _told_to_end(seconds: float, parent: int | None) -> bool:
+    """Sleeps; True as soon as SIGTERM has come or the parent is gone."""
+    until = time.monotonic() + seconds
+    while True:
+        left = until - time.monotonic()
+        if signal.sigtimedwait({signal.SIGTERM}, max(0.0, min(left, 1.0))) or parent not in (None, os.getppid()):
+            return True
+        if left <= 0:
+            return False
+
+
+def _log(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Delivers every few seconds until told to end (SIGTERM) or orphaned, and then once more."""
+    parser = argparse.ArgumentParser(prog="python -m harness.tracking", description=main.__doc__)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("study")
+    parser.add_argument("--parent-pid", type=int)
+    options = parser.parse_args(arguments)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    store = Store(options.store)
+    log = store.study(options.study) / "delivery.log"
+    wait, ending = 0.0, False
+    while not ending:
+        ending = _told_to_end(wait, options.parent_pid)
+        began = time.monotonic()
+        try:
+            failures = deliver(store, options.study).failed
+        except Exception as error:  # a delivering process never dies of what it delivers, or to whom
+            failures = (_line(error),)
+        for failure in failures:
+            _log(log, failure)
+        wanted = 2 * wait if failures else 10 * (time.monotonic() - began)  # a tenth of the time; ever less while MLflow fails
+        wait = min(max(wanted, EVERY), AT_MOST)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The parts of delivery that need no MLflow: addresses, secrets, a store's condition, params, the trial's lock."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sqlite3
+import subprocess
+import sys
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from harness import tracking
+from harness.config import BadInput
+from harness.store import Store, TrialFolder
+from tests.trials import trial
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Store(tmp_path / "runs")
+
+
+def test_importing_it_imports_neither_mlflow_nor_torch() -> None:
+    code = "import harness.tracking, sys; sys.exit(bool({'mlflow', 'torch', 'pandas'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_tracking_uri_is_the_store_unless_the_environment_says_otherwise(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.tracking_uri(store) == f"sqlite:///{store.root}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking.tracking_uri(store) == "http://127.0.0.1:5000"
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("API request to http://ann:s3cret@host:5000/api failed", "API request to http://***@host:5000/api failed"),
+        ("postgresql://ann:s3c@ret@host/db", "postgresql://***@host/db"),
+        ("https://ann:s3/cret@host/db and http://b:s3cret@h", "https://***@host/db and http://***@h"),
+        ("http://host:5000/x", "http://host:5000/x"),
+        ("sqlite:////abs/mlflow.db", "sqlite:////abs/mlflow.db"),
+    ],
+)
+def test_secrets_are_struck_out(text: str, safe: str) -> None:
+    assert tracking.redacted(text) == safe
+
+
+# ------------------------------------------------------------------------------------------------ check_store
+
+
+def one_line(error: pytest.ExceptionInfo[BadInput]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_fresh_store_is_fine_and_stays_without_a_database(store: Store) -> None:
+    tracking.check_store(store)
+    assert not (store.root / "mlflow.db").exists()
+
+
+def test_a_database_of_mlflow_is_fine_also_while_somebody_writes(store: Store) -> None:
+    store.root.mkdir()
+    database = sqlite3.connect(store.root / "mlflow.db", isolation_level=None)
+    database.execute("CREATE TABLE alembic_version (version_num TEXT)")
+    tracking.check_store(store)
+    database.execute("BEGIN EXCLUSIVE")
+    tracking.check_store(store)
+    database.close()
+
+
+def test_a_file_that_is_no_database_is_bad_input(store: Store) -> None:
+    store.root.mkdir()
+    (store.root / "mlflow.db").write_text("not a database " * 1000)
+    with pytest.raises(BadInput) as error:
+        tracking.check_store(store)
+    assert "mlflow.db" in one_line(error) and "not a database" in one_line(error)
+
+
+def test_another_programs_database_is_bad_input_and_untouched(store: Store) -> None:
+    store.root.mkdir()
+    database = sqlite3.connect(store.root / "mlflow.db")
+    database.execute("CREATE TABLE recipes (name TEXT)")
+    database.commit()
+    before = (store.root / "mlflow.db").read_bytes()
+    with pytest.raises(BadInput, match="not MLflow's"):
+        tracking.check_store(store)
+    assert (store.root / "mlflow.db").read_bytes() == before
+
+
+def test_a_folder_in_the_databases_place_is_bad_input(store: Store) -> None:
+    (store.root / "mlflow.db").mkdir(parents=True)
+    with pytest.raises(BadInput) as error:
+        tracking.check_store(store)
+    assert "mlflow.db" in one_line(error)
+
+
+def test_a_store_that_cannot_be_made_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput) as error:
+        tracking.check_store(Store(tmp_path / "file" / "runs"))
+    assert "not writable" in one_line(error)
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns"])
+def test_a_folder_as_tracking_store_is_bad_input(store: Store, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(BadInput) as error:
+        tracking.check_store(store)
+    assert "MLFLOW_TRACKING_URI" in one_line(error)
+
+
+def test_a_server_is_not_asked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    tracking.check_store(store)
+
+
+# -------------------------------------------------------------------------------------------------- the rest
+
+
+def test_params_are_what_defines_the_result() -> None:
+    found = tracking.params(trial(backend={"zero_stage": 1}, study="s", arm="AdamWR", seed=7))
+    assert found["optimizer.lr"] == "0.001" and found["optimizer.betas"] == "[0.9, 0.999]" and found["optimizer.name"] == "adam"
+    assert found["decay.normalised"] == "true" and found["workload.data.name"] == "mnist5k" and found["budget.epochs"] == "7.0"
+    assert found["seed"] == "7" and found["workload.recipe.precision"] == "fp32"
+    groups = {key.partition(".")[0] for key in found}
+    assert groups == {"workload", "optimizer", "decay", "schedule", "budget", "seed"}
+    assert "workload.data.path" not in found
+    assert found == tracking.params(trial(backend={"zero_stage": 0}, study="other", arm="A", seed=7, data={"path": "/elsewhere"}))
+
+
+def test_run_id_is_known_from_the_folder_alone(store: Store) -> None:
+    folder = store.trial("s", "abc")
+    assert tracking.run_id(folder) is None
+    folder.path.mkdir(parents=True)
+    (folder.path / "delivered.json").write_text(json.dumps({"run_id": "r1"}))
+    assert tracking.run_id(folder) == "r1"
+    (folder.path / "delivered.json").write_text("{")
+    assert tracking.run_id(folder) is None
+
+
+def test_a_study_without_journals_needs_no_mlflow(store: Store) -> None:
+    assert tracking.deliver(store, "s", "http://127.0.0.1:9") == tracking.Delivered(0, 0)
+    assert tracking.missing(store, "s", "http://127.0.0.1:9") == []
+
+
+def _ask(path: Path, enough: Event) -> None:
+    while not enough.is_set():
+        TrialFolder(path).is_running()
+
+
+def test_asking_whether_a_trial_runs_never_keeps_it_from_starting(tmp_path: Path) -> None:
+    folder = TrialFolder(tmp_path / "t")
+    assert not folder.is_running()
+    context = multiprocessing.get_context("fork")
+    enough = context.Event()
+    askers = [context.Process(target=_ask, args=(folder.path, enough)) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        for _ in range(3000):
+            with folder.lock():  # raises when somebody is found to hold it
+                pass
+    finally:
+        enough.set()
+        for asker in askers:
+            asker.join()
+    with folder.lock():
+        assert folder.is_running()
+        with pytest.raises(BadInput, match="running already"), folder.lock():
+            pass
+        assert folder.is_running()  # the second, refused, has not let go of it
+    assert not folder.is_running()
