@@ -45,7 +45,7 @@ class Shard:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One sample, as the index is made from."""
 

@@ -232,10 +232,9 @@ def train_batches(
             drawn = order.batch_positions(trial.seed, step, per_epoch, batch, len(view))
             positions = order.share(drawn, rank, world_size)
             images, labels = fetch(positions)
-            draws = order.augmentation(trial.seed, step // per_epoch, len(view), recipe.translate)
-            if recipe.flip:
-                images = flipped(images, draws.flip[positions])
-            if recipe.translate:
+            if recipe.flip or recipe.translate:
+                draws = order.augmentation(trial.seed, step // per_epoch, len(view), recipe.translate)
+                images = flipped(images, draws.flip[positions] & recipe.flip)
                 images = shifted(images, draws.dx[positions], draws.dy[positions], recipe.translate)
             yield torch.from_numpy(images), torch.from_numpy(labels)
 

