@@ -26,7 +26,7 @@ from harness.tracking import DeliveryError
 from launch import plan as plans
 from launch import status as statuses
 from launch import submit as submissions
-from launch.terminal import console
+from launch.terminal import bar, console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="AdamWR against SGDWR, measured.")
 study = typer.Typer(no_args_is_help=True, help="Plan, run and watch a study.")
@@ -64,6 +64,8 @@ def run(commands: typer.Typer) -> int:
     except BrokenPipeError:  # `wrbench ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a disk that is full, a folder that is somebody else's
+        return _complain(str(error), 1)
 
 
 def _complain(message: str, status: int) -> int:
@@ -199,7 +201,9 @@ def build(
     """Standard WebDataset shards and their index."""
     from harness.data import shards as library
 
-    print(library.build(kind, src, out))
+    with bar("building") as progress:
+        done = library.build(kind, src, out, progress=progress)
+    print(done)
 
 
 @shards.command("index")
@@ -210,7 +214,8 @@ def index(
     """Write the index of shards that are there."""
     from harness.data import shards as library
 
-    made = library.index_shards(path, out)
+    with bar("indexing") as progress:
+        made = library.index_shards(path, out, progress)
     print(f"{out or path}: {len(made.key)} samples in {len(made.shards)} shards")
 
 
@@ -219,7 +224,8 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of the shards, or a
     """Read and decode every sample; exit 1 when something is wrong."""
     from harness.data import shards as library
 
-    found = library.verify(path)
+    with bar("verifying") as progress:
+        found = library.verify(path, progress)
     faults = [str(f).removeprefix("fault: ") for f in found if f.severity == "fault"]
     for warning in (f for f in found if f.severity == "warning"):
         print(warning)

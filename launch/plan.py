@@ -107,27 +107,32 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
     plan = planned(loaded, store.results(loaded.name))
     ranks = world_size(loaded, cluster)
     steps = schedule.total_steps(any_trial(loaded))
-    made = table(out, "trial", "arm", "phase", "seed", "steps", "cycle ends (epochs)", "cycle ends (steps)", "point", cut="point")
-    for p in plan:
-        epochs = ", ".join(f"{e:g}" for e in cycle_end_epochs(p.trial)) if p.trial else "-"
-        ends = ", ".join(map(str, schedule.cycle_ends(p.trial))) if p.trial else "-"
-        made.add_row(
-            p.trial.trial_id if p.trial else "pending", p.arm, p.phase, str(p.seed), str(steps), epochs, ends, _point(loaded, p.trial)
-        )
-    out.print(made)
+    cells = [(p.trial.trial_id if p.trial else "pending", p.arm, p.phase, str(p.seed), str(steps), _point(loaded, p.trial)) for p in plan]
+    out.print(table(("trial", "arm", "phase", "seed", "steps", "point"), cells))
+    for line in dict.fromkeys(_cycles(p.trial) for p in plan if p.trial):
+        out.print(line, soft_wrap=True)
     per_step = measured_seconds_per_step(any_trial(loaded), ranks, store)
     at_once = len(places(cluster.max_parallel, ranks, visible_gpus()))
     cost = duration(math.ceil(len(plan) / at_once) * steps * per_step) + " of training" if per_step else NOT_MEASURED
-    out.print(f"{loaded.name}: {len(plan)} trials of {steps} steps, {ranks} rank(s) each, {at_once} at a time; estimated cost: {cost}")
+    out.print(
+        f"{loaded.name}: {len(plan)} trials of {steps} steps, {ranks} rank(s) each, {at_once} at a time; estimated cost: {cost}",
+        soft_wrap=True,
+    )
     if with_schedule:
         _show_schedules(out, plan)
 
 
+def _cycles(trial: Trial) -> str:
+    epochs, steps = ", ".join(f"{e:g}" for e in cycle_end_epochs(trial)), ", ".join(map(str, schedule.cycle_ends(trial)))
+    return f"{trial.arm}: cycles end at epochs {epochs} (steps {steps})"
+
+
 def _point(loaded: LoadedStudy, trial: Trial | None) -> str:
-    """The values that the search chose."""
+    """The values that the search chose, the optimizer's first."""
     if trial is None:
         return "decided by the search"
-    keys = sorted(loaded.study.arms[trial.arm].space)
+    blocks = ("optimizer", "decay", "schedule")
+    keys = sorted(loaded.study.arms[trial.arm].space, key=lambda key: (blocks.index(key.partition(".")[0]), key))
     values = ((key, getattr(getattr(trial, key.partition(".")[0]), key.partition(".")[2])) for key in keys)
     return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values)
 
@@ -141,9 +146,6 @@ def _show_schedules(out: Console, plan: Sequence[Planned]) -> None:
     for arm, trial in first.items():
         per_epoch, spans = schedule.steps_per_epoch(trial), schedule.cycles(trial)
         marks = {step for span in spans for step in (span[0], span[1] - 1)}
-        made = table(out, "step", "epoch", "cycle", "eta", "lr", "weight_decay")
-        for row in schedule_rows(trial):
-            if row["step"] in marks or row["step"] % per_epoch == 0:
-                made.add_row(*(str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()))
+        shown = [row for row in schedule_rows(trial) if row["step"] in marks or row["step"] % per_epoch == 0]
         out.print(f"\n{arm}, trial {trial.trial_id}:")
-        out.print(made)
+        out.print(table(list(shown[0]), [[str(v) if isinstance(v, int) else f"{v:.6g}" for v in row.values()] for row in shown]))

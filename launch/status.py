@@ -124,35 +124,51 @@ def _final_error(path: Path) -> str | None:
 
 
 def show(loaded: LoadedStudy, store: Store, watch: bool) -> None:
-    """Prints the table; with `watch` again and again until every trial has ended and nobody submits."""
+    """Prints the table; with `watch` again and again until every trial has ended."""
     out = console()
     if not watch:
-        found = rows(loaded, store)
-        out.print(_table(out, found), _footer(loaded, store, found), sep="")
+        out.print(_screen(out, loaded, store, rows(loaded, store), room=None))
         return
     with Live(console=out, auto_refresh=False) as live:
         while True:
             began = time.monotonic()
             found = rows(loaded, store)
-            live.update(Group(_table(out, _fitting(out, found)), _footer(loaded, store, found)), refresh=True)
-            if not out.is_terminal:
-                out.print(_footer(loaded, store, found))
+            screen = _screen(out, loaded, store, found, room=max(3, out.height - 8))
+            if out.is_terminal:
+                live.update(screen, refresh=True)
+            else:
+                out.print(screen)
             if all(r.state in ENDED for r in found):
                 return
             time.sleep(max(1.0 if out.is_terminal else 10.0, 10 * (time.monotonic() - began)))
 
 
-def _fitting(out: Console, found: list[Row]) -> list[Row]:
-    """As many as the terminal has lines for; what moves comes first when not all fit."""
-    room = max(3, out.height - 6) if out.is_terminal else len(found)
-    return found if len(found) <= room else sorted(found, key=lambda r: ORDER.index(r.state))[:room]
+def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], room: int | None) -> Group:
+    """Table, errors, counts. With `room` for fewer lines than there are trials, those that move come first."""
+    counts = Counter(r.state for r in found)
+    below = [f"{loaded.name}: " + ", ".join(f"{counts[s]} {s}" for s in ORDER if counts[s])]
+    others = {f.path.name for f in store.trials(loaded.name)} - {r.trial_id for r in found}
+    if others:
+        below.append(f"{len(others)} more trial(s) in the store are not in this plan: the file has changed, or other --set were given")
+    if room is not None and len(found) > room:
+        found = sorted(found, key=lambda r: ORDER.index(r.state))[:room]
+    errors = [
+        Text(f"{_short(out, r)} {r.arm} seed {r.seed} {r.state}: {r.last_error}", "red", no_wrap=True, overflow="ellipsis")
+        for r in found
+        if r.last_error
+    ]
+    return Group(_table(out, found), *errors, *map(Text, below))
+
+
+def _short(out: Console, row: Row) -> str:
+    return (row.trial_id or "-")[: 8 if out.is_terminal else None]
 
 
 def _table(out: Console, found: list[Row]) -> Table:
-    made = table(out, "trial", "arm", "phase", "seed", "state", "step", "left", "attempts", "holdout/top1", "last error", cut="last error")
-    for r in found:
-        made.add_row(
-            r.trial_id or "-",
+    columns = ("trial", "arm", "phase", "seed", "state", "step", "left", "attempt", "holdout/top1")
+    cells = [
+        (
+            _short(out, r),
             r.arm,
             r.phase,
             str(r.seed),
@@ -161,18 +177,10 @@ def _table(out: Console, found: list[Row]) -> Table:
             duration(r.seconds_left),
             str(r.attempts),
             "-" if r.holdout_top1 is None else f"{r.holdout_top1:.4f}",
-            Text(r.last_error or ""),
         )
-    return made
-
-
-def _footer(loaded: LoadedStudy, store: Store, found: list[Row]) -> Text:
-    counts = Counter(r.state for r in found)
-    text = f"{loaded.name}: " + ", ".join(f"{counts[s]} {s}" for s in ORDER if counts[s])
-    others = {f.path.name for f in store.trials(loaded.name)} - {r.trial_id for r in found}
-    if others:
-        text += f"\n{len(others)} more trial(s) in the store are not in this plan: the file has changed, or other --set were given"
-    return Text(text)
+        for r in found
+    ]
+    return table(columns, cells)
 
 
 # -------------------------------------------------------------------------------------------------------- logs

@@ -6,6 +6,7 @@ record to know how it ended. Killed, it leaves its jobs running; the next one fi
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -98,6 +99,10 @@ class Stop:
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         self.asked += 1
+        if number == signal.SIGHUP:  # the terminal is gone, and writing there would raise
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+                os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before:
@@ -148,21 +153,25 @@ class Running:
 
 def wind_down(running: Sequence[Running], stop: Stop | None = None) -> None:
     """Tells the jobs to save and end, and returns when they have; kills those that do not, or all when asked again."""
-    asked = time.monotonic()
-    again = stop.asked + 1 if stop else 0
-    told = 0.0
+    began = time.monotonic()
+    again = stop.asked + 1 if stop else math.inf
+    told = -math.inf
+    killed: list[Running] = []
     left = [r for r in running if r.job is not None]
     while left := [r for r in left if not r.done()]:
         now = time.monotonic()
-        listening = {r.trial.trial_id for r in left if r.folder.is_running()}
-        for job in left:
-            listens = job.trial.trial_id in listening
-            if now - asked > (SECONDS_TO_SAVE if listens else SECONDS_TO_BEGIN) or (stop and stop.asked >= again):
-                job.signal(signal.SIGKILL)
-            elif not told or (now - told > 1 and not listens):  # what comes while a rank starts up may be lost
-                job.signal(signal.SIGTERM)
-        told = now if not told or now - told > 1 else told
+        for one in left:
+            listens = one.folder.is_running()
+            if now - began > (SECONDS_TO_SAVE if listens else SECONDS_TO_BEGIN) or (stop and stop.asked >= again):
+                one.signal(signal.SIGKILL)
+                killed.append(one)
+            elif told < began or (now - told > 1 and not listens):  # what comes while a rank starts up may be lost
+                one.signal(signal.SIGTERM)
+        told = now if now - told > 1 else told
         time.sleep(0.1)
+    patience = time.monotonic() + SECONDS_TO_BEGIN
+    while any(one.folder.is_running() for one in killed) and time.monotonic() < patience:
+        time.sleep(0.1)  # ranks end a moment after their controller
 
 
 def saved(running: Running) -> str:
@@ -184,7 +193,10 @@ class Submission:
         self.phase, self.retry = phase, retry
         self.ledger = Ledger(store.study(loaded.name))
         self.ranks = world_size(loaded, cluster)
-        self.places = places(cluster.max_parallel, self.ranks, visible_gpus())
+        gpus = visible_gpus()
+        self.places = places(cluster.max_parallel, self.ranks, gpus)
+        if gpus and not self.places[0]:
+            view.say(f"{self.ranks} ranks a trial and {len(gpus)} GPU(s): training on the CPU; for the GPUs --set ranks={len(gpus)}")
         self.free = list(range(len(self.places)))
         self.steps_a_trial = schedule.total_steps(any_trial(loaded))
         self.queue: deque[Trial] = deque()
@@ -296,7 +308,7 @@ class Submission:
             holdout = state.metrics.get("anytime/holdout_top1")
             self.view.say(f"{label(trial)}: {state.state}" + (f", holdout/top1 {holdout:.3f}" if holdout is not None else ""))
         elif not self.stop.asked:
-            reason = last_error(running.folder, state) or "ended without a word"
+            reason = last_error(running.folder, state) or "told to stop, and saved itself; submit again to go on"
             self.problems.append(f"{label(trial)}: {state.state if state.state == 'failed' else 'interrupted'}: {reason}")
             self.view.say(self.problems[-1])
         return True

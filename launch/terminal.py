@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 
 def console() -> Console:
@@ -13,12 +17,24 @@ def console() -> Console:
     return out if out.is_terminal else Console(highlight=False, width=1000)
 
 
-def table(out: Console, *columns: str, cut: str | None = None) -> Table:
-    """An empty table whose cells stay on one line; column `cut` gives way where the terminal is too narrow."""
-    made = Table(box=SIMPLE_HEAD if out.is_terminal else None, pad_edge=False, header_style="bold")
-    for name in columns:
-        made.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == cut and out.is_terminal else None)
+def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
+    """Cells on one line each; only the last column gives way where the terminal is too narrow."""
+    made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for place, name in enumerate(columns[:-1]):
+        made.add_column(name, no_wrap=True, min_width=max(len(name), *(len(row[place]) for row in rows)))
+    made.add_column(columns[-1], no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        made.add_row(*row)
     return made
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, total) that moves a bar on stderr; at a terminal only, and gone at the end."""
+    out = Console(stderr=True)
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def duration(seconds: float | None) -> str:
