@@ -318,9 +318,8 @@ class Trial(Frozen):
 
         Never the arm's name, the backend, paths or logging; those are recorded per attempt.
         """
-        data = self.workload.data.model_dump(mode="json", exclude_defaults=True, exclude={"path"})
-        parts = {
-            "data": data,
+        blocks: dict[str, BaseModel] = {
+            "data": self.workload.data,
             "model": self.workload.model,
             "recipe": self.workload.recipe,
             "optimizer": self.optimizer,
@@ -328,7 +327,8 @@ class Trial(Frozen):
             "schedule": self.schedule,
             "budget": self.budget,
         }
-        dumped = {k: v if isinstance(v, dict) else v.model_dump(mode="json", exclude_defaults=True) for k, v in parts.items()}
+        dumped = {key: block.model_dump(mode="json", exclude_defaults=True) for key, block in blocks.items()}
+        dumped["data"].pop("path")
         return {"schema": SCHEMA_VERSION, **dumped, "seed": self.seed}
 
     def micro_batch_size(self, world_size: int) -> int:

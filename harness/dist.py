@@ -60,7 +60,7 @@ class Ranks:
             td.barrier(group=self.control)
 
 
-_groups: list[td.ProcessGroup] = []
+_groups: list[td.ProcessGroup | None] = []
 """Groups outlive whoever uses them. DDP's reducer must not hold the last reference: it would wait for gloo's threads
 without letting go of the interpreter, which a gloo thread that frees a tensor waits for in turn, and the rank would hang
 at its end for ever. References held here are dropped at exit, where the interpreter is let go of."""

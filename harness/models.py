@@ -14,6 +14,9 @@ from harness.vision import torchvision
 class Normalised(nn.Module):
     """The network behind its input normalisation: batches travel as uint8 and become floats on the device."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.net = net

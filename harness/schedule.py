@@ -28,16 +28,16 @@ def cycles(trial: Trial) -> list[tuple[int, int]]:
     A cycle's end is the step count after its last step: round(end_epoch * steps_per_epoch), end_epoch = the sum of
     the T_i so far. Without restarts the whole budget is the one cycle.
     """
-    total = total_steps(trial)
-    if trial.schedule.name != "cosine_restarts":
+    total, s = total_steps(trial), trial.schedule
+    if s.name != "cosine_restarts":
         return [(0, total)]
     found: list[tuple[int, int]] = []
-    start, end_epoch, length = 0, 0.0, trial.schedule.t_0
+    start, end_epoch, length = 0, 0.0, s.t_0
     while start < total:
         end_epoch += length
         end = round(end_epoch * steps_per_epoch(trial))
         found.append((start, end))
-        start, length = end, length * trial.schedule.t_mult
+        start, length = end, length * s.t_mult
     return found
 
 
@@ -93,11 +93,9 @@ def _lambda(trial: Trial, cycle_steps: int) -> float:
 def check(trial: Trial) -> None:
     """ValueError when the schedule has an empty cycle or a warm-up longer than its first cycle."""
     s = trial.schedule
-    if s.name == "cosine_restarts" and round(s.t_0 * steps_per_epoch(trial)) < 1:
+    if s.name == "cosine_restarts" and round(s.t_0 * steps_per_epoch(trial)) < 1:  # later cycles are no shorter
         raise ValueError(f"schedule.t_0: {s.t_0:g} epochs is less than one optimizer step; e.g. {1 / steps_per_epoch(trial):.4g}")
     lengths = [end - start for start, end in cycles(trial)]
-    if min(lengths) < 1:
-        raise ValueError(f"schedule.t_0: {s.t_0:g} epochs gives a cycle without steps; e.g. {1 / steps_per_epoch(trial):.4g}")
     if warmup_steps(trial) > lengths[0]:
         raise ValueError(
             f"schedule.warmup_epochs: {s.warmup_epochs:g} must not exceed the first cycle, "

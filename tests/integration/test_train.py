@@ -104,10 +104,17 @@ def test_told_to_stop_all_ranks_save_together_and_no_step_is_repeated(tmp_path: 
     assert lines == list(range(21))
 
 
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative Euclidean distance of all weights."""
+    flat_a, flat_b = (torch.cat([state[k].flatten() for k in sorted(b)]) for state in (a, b))
+    return float(torch.linalg.norm(flat_a - flat_b) / torch.linalg.norm(flat_b))
+
+
 def test_world_size_sharding_and_accumulation_change_rounding_only(tmp_path: Path, few: Path) -> None:
     """The same global batches and sums of the same terms: weights agree to fp32 rounding over 21 steps.
 
-    Limit 1e-4 relative: reordering the sum of four micro-batches alone moves weights by 1e-6 to 1e-5 under Adam.
+    Limit 1e-4 relative, over all weights: another order of the same sums moves them by 1e-6 to 1e-5 here, because Adam's
+    first steps divide by tiny second moments; a wrong batch, decay or lr moves them by more than 1e-2.
     """
     states = {}
     for name, world, backend in (
@@ -123,8 +130,7 @@ def test_world_size_sharding_and_accumulation_change_rounding_only(tmp_path: Pat
         states[name] = (saved.load("model.pt"), saved.optimizer_state(), history(folder))
     weights, moments, points = states["one"]
     for name, (other, other_moments, other_points) in states.items():
-        for key, tensor in weights.items():
-            assert torch.linalg.norm(other[key] - tensor) <= 1e-4 * torch.linalg.norm(tensor), (name, key)
+        assert distance(other, weights) <= 1e-4, name
         assert other_moments.keys() == moments.keys() == weights.keys()
         assert other_points.keys() == points.keys()
         assert abs(other_points["val/top1", 20] - points["val/top1", 20]) <= 0.002
@@ -147,9 +153,8 @@ def test_a_checkpoint_moves_between_world_sizes_and_stages(tmp_path: Path, few: 
         assert saved is not None
         assert saved.step == 21
         ends[name] = saved.load("model.pt")
-    for key, tensor in ends["2-2"].items():
-        for other in ("2-1", "1-2"):
-            assert torch.linalg.norm(ends[other][key] - tensor) <= 1e-4 * torch.linalg.norm(tensor), (other, key)
+    for other in ("2-1", "1-2"):
+        assert distance(ends[other], ends["2-2"]) <= 1e-4, other
 
 
 COMBINATIONS = [
