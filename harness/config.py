@@ -454,7 +454,7 @@ class Study(Frozen):
 
     name: Name = Field(examples=["demo"])
     workload: Annotated[dict[str, Any], BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Field(
-        description="name in configs/workload, a path, or {name: ..., KEY: overrides}", examples=["mnist5k_cnn"]
+        description="name in configs/workload, a path, or {name: ..., KEY: overrides}; with data and model, complete in itself", examples=["mnist5k_cnn"]
     )
     arms: dict[Name, Arm] = Field(min_length=1)
     search: Search = Search()

@@ -21,7 +21,8 @@ from scipy.stats import qmc
 from harness import schedule
 from harness.config import Arm, BadInput, Choice, Study, Trial, WorkloadFile, find, parse, read_yaml
 
-OVERRIDES = ("budget", "evaluation", "checkpoint", "backend")
+DEFAULTS = ("budget", "evaluation", "checkpoint")
+"""blocks of a workload file that a study may override"""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ class LoadedStudy:
         return self.study.name
 
     def text(self) -> str:
-        """The study as resolved, to be stored beside its trials."""
-        return yaml.safe_dump(self.study.model_dump(mode="json"), sort_keys=False)
+        """The study with its workload written out, to be stored beside its trials: later edits of configs do not move it."""
+        document = self.study.model_dump(mode="json")
+        workload = self.workload.model_dump(mode="json")
+        document |= {key: workload.pop(key) for key in DEFAULTS}
+        return yaml.safe_dump(document | {"workload": workload}, sort_keys=False)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
@@ -113,13 +117,14 @@ def _workload(study: Study, source: str) -> WorkloadFile:
     name = overrides.pop("name", None)
     if not isinstance(name, str):
         raise BadInput(f"{source}: workload.name: missing; e.g. mnist5k_cnn")
-    path = find("workload", name)
-    document = read_yaml(path)
-    document.setdefault("name", path.stem)
-    document = _merged(document, overrides)
-    for key in ("budget", "evaluation", "checkpoint"):
+    where = f"{source} (workload {name})"
+    if {"data", "model"} <= overrides.keys():
+        document: dict[str, Any] = {"name": name, **overrides}
+    else:
+        path = find("workload", name)
+        document = _merged({"name": path.stem, **read_yaml(path)}, overrides)
+    for key in DEFAULTS:
         document[key] = _merged(document.get(key, {}), getattr(study, key))
-    where = f"{source} (workload {path.name})"
     workload = parse(WorkloadFile, document, where)
     return workload.model_copy(
         update={"data": workload.data.model_copy(update={"path": Path(workload.data.path).expanduser().absolute()})}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import study
+from harness import config, study
 from harness.config import BadInput
 from tests.trials import trial
 
@@ -189,11 +189,12 @@ def test_overrides_reach_the_trial() -> None:
     assert first.backend.zero_stage == 1
 
 
-def test_the_stored_study_says_the_same(tmp_path: Path) -> None:
-    """runs/STUDY/study.yaml is the study as resolved, overrides included: loading it gives the same ids."""
-    loaded = study.load(DEMO, ["budget.epochs=3"])
+def test_the_stored_study_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """runs/STUDY/study.yaml is the study as resolved, overrides and workload included: loading it gives the same ids."""
+    loaded = study.load(DEMO, ["budget.epochs=3", "workload.recipe.translate=1"])
     stored = tmp_path / "study.yaml"
     stored.write_text(loaded.text())
+    monkeypatch.setattr(config, "CONFIGS", tmp_path / "nowhere")  # configs of another day
     again = study.load(stored)
     assert json.dumps([p.trial.identity() for p in study.planned(again, {}) if p.trial]) == json.dumps(
         [p.trial.identity() for p in study.planned(loaded, {}) if p.trial]
