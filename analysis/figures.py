@@ -210,10 +210,12 @@ def _arms(axes: Axes, comparison: Comparison) -> None:
             half = [[arm.error.value - arm.error.interval[0]], [arm.error.interval[1] - arm.error.value]] if arm.error.interval else None
             axes.errorbar(arm.error.value, place - 0.08, xerr=half, fmt=look.marker, color=look.color, capsize=3, markeredgecolor="white")
         else:
-            axes.annotate("no estimate", (0.5, place), xycoords=("axes fraction", "data"), ha="center", va="center", color="#666666")
+            _instead(axes, place, "no estimate")
     _rows(axes, [f"{arm.name}\n{_of(arm)}" for arm in comparison.arms])
     axes.set_xlabel("Validation error (%)")
     axes.set_title("Seeds, mean, 95 % interval")
+    if not any(map(math.isfinite, (error for arm in comparison.arms for error in arm.errors.values()))):
+        axes.set_xticks([])
 
 
 def _differences(axes: Axes, comparison: Comparison) -> None:
@@ -224,7 +226,7 @@ def _differences(axes: Axes, comparison: Comparison) -> None:
     for place, pair in enumerate(comparison.pairs):
         d = pair.difference
         if d.interval is None:
-            axes.annotate("no interval", (0.5, place - 0.25), xycoords=("axes fraction", "data"), ha="center", va="center", color="#666666")
+            _instead(axes, place - 0.25, "no interval")
         if math.isfinite(d.value):
             half = [[d.value - d.interval[0]], [d.interval[1] - d.value]] if d.interval else None
             filled = "#222222" if d.method == "welch" else "white"
@@ -236,6 +238,12 @@ def _differences(axes: Axes, comparison: Comparison) -> None:
     axes.set_title("Differences, 95 % interval")
     if not comparison.pairs:
         _say(axes, "one arm: nothing to compare")
+
+
+def _instead(axes: Axes, place: float, text: str) -> None:
+    """Where a row has nothing to draw, on the middle of the panel."""
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    axes.annotate(text, (0.5, place), xycoords=("axes fraction", "data"), ha="center", va="center", color="#666666", bbox=white)
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
@@ -265,9 +273,9 @@ def _finish(axes: Axes, table: pd.DataFrame, column: str, title: str, without: s
         _say(axes, without)
         return
     lowest, highest = table[column].min(), table[column].max()
-    if lowest > 0 and highest > 5 * lowest:
+    if lowest > 0 and highest > 4 * lowest:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(visible=False, axis="x")

@@ -133,7 +133,7 @@ def arms_table(comparison: Comparison) -> Table:
             ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in arm.parameters.items()) or "—",
             str(arm.error.n),
             _points(arm.error.value, arm),
-            f"{arm.error.interval[0]:.2f} to {arm.error.interval[1]:.2f}" if arm.error.interval else "none",
+            " to ".join(f"{end:.2f}".replace("-", "−") for end in arm.error.interval) if arm.error.interval else "none",
             f"{arm.sampling.standard_error:.2f}" if arm.sampling.standard_error is not None else "—",
             _points(arm.holdout.value, arm),
             f"{arm.finished} of {arm.planned}",
@@ -322,7 +322,7 @@ CAPTIONS = {
     "lowest to the highest seed. Large markers: the end of a cycle.",
     "anytime": "Validation error of the answer at hand, the solution at the end of the last completed cycle (none before the first): "
     "mean over seeds, band from the lowest to the highest seed.",
-    "schedule": "Multiplier η of the base learning rate and weight decay λ by epoch, as the configurations define them.",
+    "schedule": "Multiplier η of the base learning rate and weight decay λ by epoch, as configured; equal schedules coincide.",
 }
 
 

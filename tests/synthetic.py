@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def write_trial(
     folder = store.trial(trial.study, trial.trial_id)
     folder.write_config(trial)
     journal = Journal(folder.journal, trial.trial_id, folder.claim())
-    rng = np.random.default_rng([trial.seed, int(trial.trial_id[:6], 16)])
+    rng = np.random.default_rng([trial.seed, zlib.crc32(f"{trial.arm} {trial.optimizer.lr}".encode())])
     total, per_epoch, ends = schedule.total_steps(trial), schedule.steps_per_epoch(trial), schedule.cycle_ends(trial)
     described = {"total_steps": total, "steps_per_epoch": per_epoch, "world_size": 2, "micro_batch_size": 50, "backend": "ddp"}
     described |= {"zero_stage": 0, "device": "cpu", "host": "here", "commit": "c0ffee1", "data_sha256": "d1"}

@@ -36,7 +36,7 @@ def _own_database(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(synthetic_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the synthetic study."""
     store = shutil.copytree(synthetic_store, tmp_path_factory.mktemp("report") / "runs")
-    return report("synthetic", store, undelivered=["0123456789ab: MLflow at http://tracking & co was down"]).parent
+    return report("synthetic", store, undelivered=["0123456789ab: MLflow at http://tracking & co was <down>"]).parent
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def test_the_page_says_what_there_is_to_say(folder: Path) -> None:
         "AdamWR: 3 of 9 planned trials have no result (1 failed, 1 missing, 1 pending)",
         "2 of 5 seeds not in the estimate: seed 1003 interrupted, seed 1004 pending",
         "SGDWR: 1 of 9 planned trials have no result (1 diverged)",
-        "0123456789ab: MLflow at http://tracking & co was down",
+        "0123456789ab: MLflow at http://tracking & co was <down>",
         "lost <power> & 50 % of its disks",
         "Selection reads the holdout only (500 images kept out of training)",
         "Every trial (18)",
@@ -164,7 +164,7 @@ def test_figures_are_pictures_with_something_on_them(folder: Path) -> None:
 
 def test_a_second_report_is_the_same_to_the_last_byte(folder: Path) -> None:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    report("synthetic", folder.parent.parent, undelivered=["0123456789ab: MLflow at http://tracking & co was down"])
+    report("synthetic", folder.parent.parent, undelivered=["0123456789ab: MLflow at http://tracking & co was <down>"])
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
