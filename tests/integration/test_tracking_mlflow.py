@@ -185,6 +185,21 @@ def test_killed_resumed_and_finished_is_one_run_without_duplicates(store: Store)
     assert (last.info.run_id, last.info.status, last.data.tags["attempt"]) == (first.info.run_id, "FINISHED", "3")
 
 
+def test_a_line_that_was_half_written_when_it_was_read_is_not_missed(store: Store) -> None:
+    life = Life(store)
+    life.start()
+    life.train(0, 10)
+    life.checkpoint(10)
+    text = life.folder.journal.read_bytes()
+    event = text.rindex(b'"event"') + 3  # in the middle of the very word
+    life.folder.journal.write_bytes(text[:event])
+    tracking.deliver(store, STUDY)
+    assert points(store) == []
+    life.folder.journal.write_bytes(text)
+    tracking.deliver(store, STUDY)
+    assert points(store) == settled(life) and len(points(store)) == 20
+
+
 @pytest.mark.parametrize("state", ["failed", "diverged"])
 def test_failed_and_diverged_are_failed_and_a_retry_doubles_nothing(store: Store, state: str) -> None:
     life = Life(store)
@@ -258,15 +273,11 @@ def test_missing_compares_with_mlflow_itself_and_sync_repairs(store: Store) -> N
 def test_a_database_made_anew_under_the_same_address_gets_everything(store: Store, empty_database: Path) -> None:
     life = finished(store)
     tracking.deliver(store, STUDY)
-    other = Store(store.root.with_name("moved"))
-    store.root.rename(other.root)  # MLflow keeps connections of a process open by address
-    shutil.copy(empty_database, other.root / "mlflow.db")
-    assert tracking.deliver(other, STUDY) == tracking.Delivered(1, 40)
-    assert points(other) == settled(life_in(other, life))
-
-
-def life_in(store: Store, life: Life) -> Life:
-    return Life(store, seed=life.trial.seed)
+    with closing(sqlite3.connect(empty_database)) as empty, closing(sqlite3.connect(store.root / "mlflow.db")) as database:
+        empty.backup(database)
+    assert points(store) == []
+    assert tracking.deliver(store, STUDY) == tracking.Delivered(1, 40)
+    assert points(store) == settled(life)
 
 
 def test_a_trial_run_anew_after_its_folder_was_deleted_replaces_its_run(store: Store) -> None:
