@@ -239,15 +239,16 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of the shards, or a
 @app.command("sync")
 def sync(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> int:
     """Deliver to MLflow what is missing there."""
-    undelivered = _undelivered(_load(file, overrides), Store(store))
+    loaded = _load(file, overrides)
+    sent, undelivered = _deliver(loaded, Store(store))
+    print(f"{loaded.name}: delivered {sent.points} points of {sent.trials} trials")
     return _complain("\n".join(undelivered), 1) if undelivered else 0
 
 
-def _undelivered(loaded: LoadedStudy, store: Store) -> list[str]:
-    """Delivers; a line for whatever MLflow lacks nevertheless."""
+def _deliver(loaded: LoadedStudy, store: Store) -> tuple[tracking.Delivered, list[str]]:
+    """What was sent, and a line for whatever MLflow lacks nevertheless."""
     sent, missing = tracking.sync(store, loaded.name)
-    print(f"{loaded.name}: delivered {sent.points} points of {sent.trials} trials")
-    return [*sent.failed, *(f"{m.trial_id}: not in MLflow: {m.reason}" for m in missing)]
+    return sent, [*sent.failed, *(f"{m.trial_id}: not in MLflow: {m.reason}" for m in missing)]
 
 
 @app.command("report")
@@ -258,7 +259,7 @@ def report(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -
 
     loaded, kept = _load(file, overrides), Store(store)
     try:
-        undelivered = _undelivered(loaded, kept)
+        _, undelivered = _deliver(loaded, kept)
     except DeliveryError as error:
         undelivered = [str(error)]
     try:

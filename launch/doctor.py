@@ -24,7 +24,7 @@ from harness.config import CONFIGS, BadInput, WorkloadFile, parse, read_yaml
 from harness.data.index import Index
 from harness.store import Store
 from harness.tracking import check_store, redacted, tracking_uri
-from launch.submit import visible_gpus
+from launch.local import visible_gpus
 
 INSTALL = "make setup"
 _TORCH = """

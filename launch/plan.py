@@ -15,7 +15,8 @@ from harness.config import BadInput, Cluster, Trial
 from harness.data.index import Index
 from harness.store import Store
 from harness.study import LoadedStudy, Planned, planned, warnings
-from launch.submit import any_trial, places, visible_gpus, world_size
+from launch.local import places, visible_gpus
+from launch.submit import any_trial, world_size
 from launch.terminal import duration, table
 
 NOT_MEASURED = "not measured yet"

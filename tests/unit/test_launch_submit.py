@@ -12,9 +12,10 @@ from harness.config import BadInput, Cluster, Trial
 from harness.store import Store
 from harness.study import LoadedStudy, planned
 from launch import submit
+from launch.local import Stop, deaf_to_the_terminal, places, visible_gpus
 from launch.plan import cycle_end_epochs, measured_seconds_per_step
 from launch.progress import Lines
-from launch.submit import Stop, Submission, places, visible_gpus
+from launch.submit import Submission
 from launch.terminal import console, duration
 from tests.synthetic import STUDY, write_study, write_trial
 from tests.trials import trial
@@ -83,7 +84,7 @@ def test_stop_counts_signals_and_gives_them_back() -> None:
 
 def test_children_are_deaf_to_the_terminal_and_this_process_is_not() -> None:
     asks = "import signal; print(sorted(s.name for s in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
-    with submit.deaf_to_the_terminal():
+    with deaf_to_the_terminal():
         done = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "['SIGHUP', 'SIGINT']"
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
