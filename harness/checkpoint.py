@@ -98,7 +98,7 @@ def _commit(partial: Path, final: Path) -> None:
     if final.exists():  # the same attempt saved this step before: a stop right after a scheduled save
         shutil.rmtree(partial)
         return
-    os.rename(partial, final)
+    partial.rename(final)
     parent = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(parent)
@@ -164,4 +164,3 @@ def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name}{list(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-

@@ -72,9 +72,7 @@ class Data(Frozen):
     image_size: Whole = Field(ge=8, description="height and width fed to the model, pixels", examples=[28])
     channels: Literal[1, 3] = Field(3, examples=[3])
     train_samples: Whole = Field(ge=1, description="samples in the train shards, holdout included", examples=[4000])
-    holdout_samples: Whole = Field(
-        ge=0, description="of those, kept out of training for every decision; 0: none", examples=[500]
-    )
+    holdout_samples: Whole = Field(ge=0, description="of those, kept out of training for every decision; 0: none", examples=[500])
     val_samples: Whole = Field(ge=1, description="samples of the reported split; nothing is decided on it", examples=[1000])
     mean: tuple[Number, ...] = Field(description="per channel, of pixels scaled to 0-1", examples=[[0.131]])
     std: tuple[Annotated[Number, Field(gt=0)], ...] = Field(description="per channel, as mean", examples=[[0.308]])
@@ -86,8 +84,7 @@ class Data(Frozen):
     def _consistent(self) -> Self:
         if self.holdout_samples >= self.train_samples:
             raise ValueError(
-                f"holdout_samples {self.holdout_samples} must be below train_samples {self.train_samples}; "
-                f"e.g. {self.train_samples // 10}"
+                f"holdout_samples {self.holdout_samples} must be below train_samples {self.train_samples}; e.g. {self.train_samples // 10}"
             )
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
@@ -193,9 +190,7 @@ class Decoupled(Frozen):
     """theta -= eta*lambda*theta, of the weights before the step (PAPER, Algorithms 1 and 2)."""
 
     name: Literal["decoupled"]
-    weight_decay: Number = Field(
-        ge=0, description="normalised: lambda_norm, paper units; raw: lambda in `units`", examples=[0.05]
-    )
+    weight_decay: Number = Field(ge=0, description="normalised: lambda_norm, paper units; raw: lambda in `units`", examples=[0.05])
     normalised: bool = Field(False, description="lambda_i = weight_decay / sqrt(optimizer steps of the full current cycle)")
     units: Literal["paper", "torch"] = Field(
         "paper", description="raw decay only. paper: lambda; torch: lambda / alpha, as torch, timm and DeepSpeed read it"
@@ -205,9 +200,7 @@ class Decoupled(Frozen):
     @model_validator(mode="after")
     def _units_mean_something(self) -> Self:
         if self.normalised and "units" in self.model_fields_set:
-            raise ValueError(
-                f"units: {self.units!r} has no meaning for normalised decay, which is always in paper units; leave units out"
-            )
+            raise ValueError(f"units: {self.units!r} has no meaning for normalised decay, which is always in paper units; leave units out")
         return self
 
 
@@ -421,9 +414,9 @@ class Arm(Frozen):
     optimizer: dict[str, Any] = Field(examples=[{"name": "adam", "lr": 0.001}])
     decay: dict[str, Any] = Field({"name": "none"}, examples=[{"name": "none"}])
     schedule: dict[str, Any] = Field(examples=[{"name": "cosine"}])
-    space: dict[
-        Annotated[str, Field(pattern=r"^(optimizer|decay|schedule)\.[a-z_0-9]+$", examples=["optimizer.lr"])], Dimension
-    ] = Field({}, description="dotted key of this arm -> the values it may take")
+    space: dict[Annotated[str, Field(pattern=r"^(optimizer|decay|schedule)\.[a-z_0-9]+$", examples=["optimizer.lr"])], Dimension] = Field(
+        {}, description="dotted key of this arm -> the values it may take"
+    )
 
 
 FRESH_SEEDS_FROM = 1000
@@ -454,7 +447,8 @@ class Study(Frozen):
 
     name: Name = Field(examples=["demo"])
     workload: Annotated[dict[str, Any], BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Field(
-        description="name in configs/workload, a path, or {name: ..., KEY: overrides}; with data and model, complete in itself", examples=["mnist5k_cnn"]
+        description="name in configs/workload, a path, or {name: ..., KEY: overrides}; with data and model, complete in itself",
+        examples=["mnist5k_cnn"],
     )
     arms: dict[Name, Arm] = Field(min_length=1)
     search: Search = Search()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.config import Adam, Decoupled, L2, NoDecay, Sgd
+from harness.config import L2, Adam, Decoupled, NoDecay, Sgd
 
 
 @contextmanager
@@ -115,10 +115,7 @@ def optimizer_class(optimizer: Sgd | Adam, decay: NoDecay | L2 | Decoupled) -> t
     if optimizer.name == "adam":
         cls = AdamW if decoupled else torch.optim.Adam
         return cls, {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": 0.0, "fused": True}
-    if optimizer.lr_in_buffer:
-        cls = SGDWLrInBuffer if decoupled else SGDLrInBuffer
-    else:
-        cls = SGDW if decoupled else torch.optim.SGD
+    cls = (SGDWLrInBuffer if decoupled else SGDLrInBuffer) if optimizer.lr_in_buffer else SGDW if decoupled else torch.optim.SGD
     return cls, {"lr": optimizer.lr, "momentum": optimizer.momentum, "weight_decay": 0.0, "fused": True}
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy.stats import qmc
 
 from harness import schedule
 from harness.config import Arm, BadInput, Choice, Study, Trial, WorkloadFile, find, parse, read_yaml
@@ -126,9 +125,7 @@ def _workload(study: Study, source: str) -> WorkloadFile:
     for key in DEFAULTS:
         document[key] = _merged(document.get(key, {}), getattr(study, key))
     workload = parse(WorkloadFile, document, where)
-    return workload.model_copy(
-        update={"data": workload.data.model_copy(update={"path": Path(workload.data.path).expanduser().absolute()})}
-    )
+    return workload.model_copy(update={"data": workload.data.model_copy(update={"path": Path(workload.data.path).expanduser().absolute()})})
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +156,8 @@ def points(arm_name: str, arm: Arm, study: Study) -> Iterator[dict[str, Any]]:
         return
     if study.search.points is None:
         raise BadInput(f"search.points: missing; arm {arm_name} has a space to search; e.g. 8")
+    from scipy.stats import qmc  # most of a second, which commands on studies without axes need not spend
+
     digest = hashlib.sha256(f"{study.sampler.seed}/{arm_name}".encode()).digest()
     seed = int.from_bytes(digest[:8], "big")
     engine = (qmc.Sobol if study.sampler.name == "sobol" else qmc.Halton)(len(axes), scramble=True, rng=seed)

@@ -51,10 +51,9 @@ def train(trial: Trial, store: Store) -> dict[str, Any]:
             if done % trial.evaluation.log_every_steps == 0 or done in evaluations | saves:
                 loss, stops = ranks.sums([float(result.loss) / ranks.world_size, float(stop.signal is not None)])
                 stopping = stops > 0
-                attempt.log(step, {
-                    "train/loss": loss, "schedule/lr": lr, "schedule/eta": eta, "schedule/weight_decay": lam, "schedule/cycle": cycle,
-                    "epoch": done / steps_per_epoch(trial), "time/train_seconds": clock.seconds(), "data/wait_fraction": clock.waited / clock.seconds(),
-                })  # fmt: skip
+                now = {"schedule/lr": lr, "schedule/eta": eta, "schedule/weight_decay": lam, "schedule/cycle": cycle}
+                now |= {"epoch": done / steps_per_epoch(trial), "train/loss": loss}
+                attempt.log(step, now | {"time/train_seconds": clock.seconds(), "data/wait_fraction": clock.wait_fraction()})
                 if not math.isfinite(loss):
                     return attempt.end("diverged", done, None, f"train/loss is {loss} at step {step}")
             if done in evaluations:
@@ -110,6 +109,9 @@ class Clock:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._origin
+
+    def wait_fraction(self) -> float:
+        return self.waited / self.seconds()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -33,7 +33,10 @@ def few(mnist5k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "few"
     out.mkdir()
     for split, samples in (("train", 800), ("val", 200)):
-        with tarfile.open(out / f"{split}-000000.tar", "w") as target, tarfile.open(next(iter(sorted(mnist5k.glob(f"{split}-*.tar"))))) as source:
+        with (
+            tarfile.open(out / f"{split}-000000.tar", "w") as target,
+            tarfile.open(next(iter(sorted(mnist5k.glob(f"{split}-*.tar"))))) as source,
+        ):
             for member in source.getmembers()[: 3 * samples]:
                 target.addfile(member, source.extractfile(member))
     shards.index_shards(out)

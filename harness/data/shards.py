@@ -42,9 +42,7 @@ def _silent(done: int, total: int) -> None: ...
 # ---------------------------------------------------------------------------------------------------- build
 
 
-def build(
-    source: str, src: Path | None, out: Path, image_format: Literal["png", "jpg"] = "png", progress: Progress = _silent
-) -> str:
+def build(source: str, src: Path | None, out: Path, image_format: Literal["png", "jpg"] = "png", progress: Progress = _silent) -> str:
     """Shards and index of a KIND in folder `out`; one line that says what was done. Progress counts samples.
 
     BadInput for an unknown KIND, and for an `out` that holds anything but the complete output of the same build.

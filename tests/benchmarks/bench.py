@@ -1,8 +1,8 @@
 """`make bench`: what the harness costs, as ratios measured side by side in one run. Writes build/bench.json.
 
-    loop       train() on mnist5k_cnn at the demo's batch, two ranks, journal and MLflow delivery on, against a bare
-               PyTorch loop of the same model and batches: five interleaved pairs, after one that is not counted
-    optimizer  one step of each (optimizer, decay) against torch's fused SGD or AdamW on the same tensors
+loop       train() on mnist5k_cnn at the demo's batch, two ranks, journal and MLflow delivery on, against a bare
+           PyTorch loop of the same model and batches: five interleaved pairs, after one that is not counted
+optimizer  one step of each (optimizer, decay) against torch's fused SGD or AdamW on the same tensors
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ DECAYS = {
 
 def parameters() -> list[tuple[str, torch.nn.Parameter]]:
     """24M parameters in the shapes of a ResNet-50's larger layers, and norms."""
-    shapes = [(512, 512, 3, 3)] * 3 + [(2048, 1024), (1024, 256, 3, 3), (1000, 2048), (2048, 512), (1024, 2048), (2048, 2048)] + [(512,)] * 50
+    shapes = (
+        [(512, 512, 3, 3)] * 3 + [(2048, 1024), (1024, 256, 3, 3), (1000, 2048), (2048, 512), (1024, 2048), (2048, 2048)] + [(512,)] * 50
+    )
     torch.manual_seed(0)
     return [(str(i), torch.nn.Parameter(torch.randn(s))) for i, s in enumerate(shapes)]
 
@@ -145,7 +147,9 @@ def main() -> int:
         print(f"{'ok  ' if r['ok'] else 'FAIL'} {r['name']:<52} {r['figure']:7.3f} <= {r['limit']:<5} {r['note']}")
     worst = max(rows, key=lambda r: r["figure"] / r["limit"])
     passed = all(r["ok"] for r in rows)
-    print(f"{'PASS' if passed else 'FAIL'} bench: {len(rows)} cells, 0 refused, worst {worst['name']} {worst['figure']:.3f} of {worst['limit']}")
+    print(
+        f"{'PASS' if passed else 'FAIL'} bench: {len(rows)} cells, 0 refused, worst {worst['name']} {worst['figure']:.3f} of {worst['limit']}"
+    )
     return 0 if passed else 1
 
 

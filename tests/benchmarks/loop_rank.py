@@ -6,6 +6,7 @@ one thread a rank. Intervals that hold an evaluation, a checkpoint or (at first)
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -57,7 +58,7 @@ def main() -> None:
     trial = TrialFolder(Path(folder)).read_config()
     ends = ours(trial, Store(Path(root))) if kind == "ours" else bare(trial)
     interrupted = {s for s in range(0, total_steps(trial), steps_per_epoch(trial))}
-    print(json.dumps({"steps": [b - a for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False), 1) if i >= WARM_UP and i not in interrupted]}))
+    print(json.dumps({"steps": [b - a for i, (a, b) in enumerate(itertools.pairwise(ends), 1) if i >= WARM_UP and i not in interrupted]}))
     sys.stdout.flush()
     os._exit(0)  # torch may hang while it takes gloo down; the figures are out
 

@@ -117,10 +117,23 @@ def test_frozen() -> None:
         trial().seed = 3  # type: ignore[misc]
 
 
-LOGIN_NODE = (
-    "harness.config harness.study harness.schedule harness.store harness.journal harness.tracking harness.data.index harness.data.order "
-    "launch.__main__ launch.submit launch.status launch.job analysis.runs analysis.estimate analysis.report"
-).split()
+LOGIN_NODE = [
+    "harness.config",
+    "harness.study",
+    "harness.schedule",
+    "harness.store",
+    "harness.journal",
+    "harness.tracking",
+    "harness.data.index",
+    "harness.data.order",
+    "launch.__main__",
+    "launch.submit",
+    "launch.status",
+    "launch.job",
+    "analysis.runs",
+    "analysis.estimate",
+    "analysis.report",
+]
 
 
 def test_nothing_imports_torch_or_mlflow_on_the_login_node() -> None:

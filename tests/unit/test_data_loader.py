@@ -167,7 +167,7 @@ def test_train_eval_is_a_fixed_clean_part_of_what_is_trained_on(folder, mode):
     index, rank = dataset.index, dataset.index.holdout_rank
     part = dataset.train_eval(30)
     assert sorted(rank[part.numbers].tolist()) == list(range(tars.HOLDOUT, tars.HOLDOUT + 30))
-    (images, labels), = loader.eval_batches(part, 0, 1, 100)
+    ((images, labels),) = loader.eval_batches(part, 0, 1, 100)
     assert (images.numpy() == np.stack([shards.decode(_content(index, number), 1) for number in part.numbers])).all()
     assert labels.tolist() == index.label[part.numbers].tolist()
     assert len(dataset.train_eval(10_000)) == len(dataset.train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -46,9 +47,7 @@ def test_cycle_ends_and_values_at_every_boundary(t_0: float, t_mult: float, epoc
         assert last[1:] == (cycle, norm / math.sqrt(n))
         assert last[0] == pytest.approx(eta_min + (1 - eta_min) * 0.5 * (1 + math.cos(math.pi * (n - 1) / n)), rel=1e-14)
         middle = start + n // 2
-        assert s.schedule(t, middle)[0] == pytest.approx(
-            eta_min + (1 - eta_min) * 0.5 * (1 + math.cos(math.pi * (n // 2) / n)), rel=1e-14
-        )
+        assert s.schedule(t, middle)[0] == pytest.approx(eta_min + (1 - eta_min) * 0.5 * (1 + math.cos(math.pi * (n // 2) / n)), rel=1e-14)
         if end < s.total_steps(t):
             assert s.schedule(t, end)[:2] == (1.0, cycle + 1)
         start = end
@@ -72,7 +71,7 @@ def test_lambda_drops_by_the_root_of_t_mult_and_total_decay_is_as_derived() -> N
     restarted = trial(schedule=restarts(t_0=6, t_mult=2), budget=budget)
     single = trial(schedule={"name": "cosine"}, budget=budget)
     lambdas = [s.schedule(restarted, start)[2] for start, _ in s.cycles(restarted)]
-    assert [a / b for a, b in zip(lambdas, lambdas[1:], strict=False)] == pytest.approx([math.sqrt(2)] * 3)
+    assert [a / b for a, b in itertools.pairwise(lambdas)] == pytest.approx([math.sqrt(2)] * 3)
     total = [sum(eta * lam for eta, _, lam in (s.schedule(t, i) for i in range(90 * SPE))) for t in (restarted, single)]
     assert total[0] / total[1] == pytest.approx(1.87, abs=0.01)
 
@@ -81,9 +80,7 @@ def test_a_cut_cycle_keeps_the_lambda_of_its_full_length_and_is_warned_of() -> N
     t = trial(schedule=restarts(t_0=1, t_mult=2), budget={"epochs": 5, "global_batch_size": 100})
     assert s.cycle_ends(t) == [35, 105]
     assert s.schedule(t, 5 * SPE - 1)[1:] == (2, 0.05 / math.sqrt(140))
-    assert s.warnings(t) == [
-        "budget.epochs: 5 cuts cycle 3 of trial, which ends at epoch 7; budgets that end a cycle: 3 or 7"
-    ]
+    assert s.warnings(t) == ["budget.epochs: 5 cuts cycle 3 of trial, which ends at epoch 7; budgets that end a cycle: 3 or 7"]
     assert s.warnings(trial()) == []
 
 
