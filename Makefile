@@ -14,7 +14,10 @@ export OMP_NUM_THREADS ?= 1
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is too old, wrbench needs Python 3.11 or later; e.g. make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
+		{ test "$$(id -u)" = 0 && apt-get -qq update && apt-get -qq install -y python3-venv && $(PYTHON) -m venv .venv; }
 	@echo "installing pinned dependencies into .venv (a few minutes the first time)"
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(firstword $(TORCH)) $(filter --%,$(TORCH)) $(filter https://%,$(TORCH))
 	@$(BIN)/python -m pip show --quiet torchvision 2>/dev/null || $(PIP) $(TORCH)

@@ -89,27 +89,28 @@ class DDPEngine:
             buffer.copy_(before)
 
     def train_step(self, images: Tensor, labels: Tensor, *, lr: float, weight_decay: float, measure: bool = False) -> Step:
-        self._replica.train()
-        recipe, device = self._trial.workload.recipe, self._ranks.device
+        if not self._model.training:
+            self._replica.train()
         batches = list(zip(images.split(self._micro), labels.split(self._micro), strict=True))
-        total = torch.zeros((), device=device)
-        for index, (x, y) in enumerate(batches):
-            last = index == len(batches) - 1
-            wait = nullcontext() if last or self._replica is self._model else self._replica.no_sync()  # type: ignore[operator]
-            with wait:
-                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                    logits = self._replica(x.to(device, non_blocking=True))
-                logits = logits if recipe.precision == "fp64" else logits.float()
-                y = y.to(device, non_blocking=True)
-                loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
-                (loss / len(batches)).backward()
-            plain = F.cross_entropy(logits.detach(), y) if recipe.label_smoothing else loss.detach()
-            total += plain / len(batches)
+        losses = [self._backward(x, y, len(batches), index == len(batches) - 1) for index, (x, y) in enumerate(batches)]
         before = [p.detach().clone() for p in self._model.parameters()] if measure else []
         optim.write(self._optimizer, lr, weight_decay)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return Step(total, self._measure(before) if measure else {})
+        return Step(torch.stack(losses).mean() if len(losses) > 1 else losses[0], self._measure(before) if measure else {})
+
+    def _backward(self, images: Tensor, labels: Tensor, count: int, last: bool) -> Tensor:
+        """Adds one of `count` micro-batches to the gradients, which the last one sums over the ranks; its plain loss, 0-d."""
+        recipe, device = self._trial.workload.recipe, self._ranks.device
+        replica = self._replica
+        with replica.no_sync() if isinstance(replica, DistributedDataParallel) and not last else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bf16" else nullcontext():
+                logits = replica(images.to(device, non_blocking=True))
+            logits = logits.to(DTYPES[recipe.precision])
+            labels = labels.to(device, non_blocking=True)
+            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            (loss / count if count > 1 else loss).backward()
+        return F.cross_entropy(logits.detach(), labels) if recipe.label_smoothing else loss.detach()
 
     @torch.no_grad()
     def _measure(self, before: list[Tensor]) -> dict[str, float]:

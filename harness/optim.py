@@ -14,12 +14,12 @@ because sharded optimizers may call it once a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.config import L2, Adam, Decoupled, NoDecay, Sgd
 
@@ -43,15 +43,44 @@ def _shrink(group: dict[str, Any]) -> None:
     group["weight_decay"] = 0.0
 
 
-class SGDW(torch.optim.SGD):
-    """buf <- momentum*buf + g;  theta <- theta - lr*buf - weight_decay*theta_before."""
+class SGDW(torch.optim.Optimizer):
+    """buf <- momentum*buf + g;  theta <- theta - lr*buf - weight_decay*theta_before.
+
+    torch's fused SGD kernel after a multiplication: on a GPU of all tensors at once, on a CPU piece by piece, so that the
+    kernel finds in the cache what was just multiplied.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        with _restored(self.param_groups):
-            for group in self.param_groups:
-                _shrink(group)
-            super().step()
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            columns = [moved, [p.grad for p in moved]] + ([[self._buffer(p) for p in moved]] if group["momentum"] else [])
+            rows = list(zip(*columns, strict=True))
+            parts = ([[t] for t in piece] for row in rows for piece in _pieces(row)) if all(p.is_cpu for p in moved) else [columns]
+            for parameters, gradients, *buffers in parts:
+                if group["weight_decay"]:
+                    torch._foreach_mul_(parameters, 1 - group["weight_decay"])
+                torch._fused_sgd_(
+                    parameters, gradients, buffers[0] if buffers else [], lr=group["lr"], momentum=group["momentum"],
+                    weight_decay=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
+                )  # fmt: skip
+
+    def _buffer(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+
+def _pieces(tensors: Sequence[Tensor], elements: int = 1 << 19) -> Iterable[Sequence[Tensor]]:
+    """Tensors of one shape as aligned pieces of at most 2 MB each (fp32), or as they are where memory is not in order."""
+    if tensors[0].numel() <= elements or not all(t.is_contiguous() for t in tensors):
+        return [tensors]
+    return zip(*(t.view(-1).split(elements) for t in tensors), strict=True)
 
 
 class AdamW(torch.optim.AdamW):
@@ -115,8 +144,11 @@ def optimizer_class(optimizer: Sgd | Adam, decay: NoDecay | L2 | Decoupled) -> t
     if optimizer.name == "adam":
         cls = AdamW if decoupled else torch.optim.Adam
         return cls, {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": 0.0, "fused": True}
-    cls = (SGDWLrInBuffer if decoupled else SGDLrInBuffer) if optimizer.lr_in_buffer else SGDW if decoupled else torch.optim.SGD
-    return cls, {"lr": optimizer.lr, "momentum": optimizer.momentum, "weight_decay": 0.0, "fused": True}
+    arguments = {"lr": optimizer.lr, "momentum": optimizer.momentum, "weight_decay": 0.0}
+    if decoupled and not optimizer.lr_in_buffer:
+        return SGDW, arguments
+    cls = torch.optim.SGD if not optimizer.lr_in_buffer else SGDWLrInBuffer if decoupled else SGDLrInBuffer
+    return cls, arguments | {"fused": True}
 
 
 def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], decay: NoDecay | L2 | Decoupled) -> list[dict[str, Any]]:

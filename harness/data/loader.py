@@ -36,6 +36,8 @@ DECODED_BYTES = 1 << 30
 SUBSTITUTED_SHARE = 0.01
 """of the samples trained on; beyond it the data are broken, not blemished"""
 THREADS = min(8, len(os.sched_getaffinity(0)))
+TOGETHER_BYTES = 1 << 18
+"""pixels of small batches that are put together at once: a call of numpy costs more than a digit's copy"""
 AHEAD = 4
 """batches that may be ready before they are asked for"""
 
@@ -66,8 +68,9 @@ class DataSet:
         self.train = View(trained, load)
         self.holdout = View(index.holdout(data.holdout_samples), self._reader)
         self.val = View(index.val(), self._reader)
-        pixels = len(index.label) * data.channels * data.image_size**2
-        if pixels <= DECODED_BYTES:
+        self.pixels = data.channels * data.image_size**2
+        """bytes of one decoded image"""
+        if len(index.label) * self.pixels <= DECODED_BYTES:
             for view in (self.train, self.holdout, self.val):
                 view.decode((data.channels, data.image_size, data.image_size))
 
@@ -225,18 +228,23 @@ def train_batches(
     go of it, to end what runs ahead. CorruptSample where a sample that was not decoded at start fails.
     """
     view, recipe, batch = dataset.train, trial.workload.recipe, trial.budget.global_batch_size
-    per_epoch = schedule.steps_per_epoch(trial)
+    per_epoch, size = schedule.steps_per_epoch(trial), batch // world_size
+    together = max(1, TOGETHER_BYTES // (size * dataset.pixels))
 
     def batches(fetch: Fetch) -> Iterator[Batch]:
-        for step in range(start_step, stop_step):
-            drawn = order.batch_positions(trial.seed, step, per_epoch, batch, len(view))
-            positions = order.share(drawn, rank, world_size)
+        step = start_step
+        while step < stop_step:
+            steps = range(step, min(step + together, stop_step, (step // per_epoch + 1) * per_epoch))
+            drawn = (order.batch_positions(trial.seed, s, per_epoch, batch, len(view)) for s in steps)
+            positions = np.concatenate([order.share(positions, rank, world_size) for positions in drawn])
             images, labels = fetch(positions)
-            if recipe.flip or recipe.translate:
-                draws = order.augmentation(trial.seed, step // per_epoch, len(view), recipe.translate)
-                images = flipped(images, draws.flip[positions] & recipe.flip)
+            draws = order.augmentation(trial.seed, step // per_epoch, len(view), recipe.translate)
+            if recipe.flip:
+                images = flipped(images, draws.flip[positions])
+            if recipe.translate:
                 images = shifted(images, draws.dx[positions], draws.dy[positions], recipe.translate)
-            yield torch.from_numpy(images), torch.from_numpy(labels)
+            yield from zip(torch.from_numpy(images).split(size), torch.from_numpy(labels).split(size), strict=True)
+            step = steps.stop
 
     return _run(view, batches)
 

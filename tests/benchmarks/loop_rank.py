@@ -17,6 +17,7 @@ import torch
 import torch.distributed as td
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harness import models
 from harness.config import Trial
@@ -30,7 +31,7 @@ WARM_UP = 10
 
 def ours(trial: Trial, store: Store) -> list[float]:
     ends: list[float] = []
-    torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
     train(trial, store)
     return ends
 

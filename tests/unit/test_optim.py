@@ -128,3 +128,18 @@ def test_param_groups_cover_every_parameter_once() -> None:
             if group["decays"]:
                 assert decay["name"] != "none"
                 assert not decay.get("exempt_1d") or all(p.ndim > 1 for p in group["params"])
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_large_tensors_are_updated_whole_whatever_their_memory_order(order: torch.memory_format) -> None:
+    t = trial(optimizer=SGD, decay={"name": "decoupled", "weight_decay": 0.1})
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(64, 1100, 3, 3, dtype=torch.float64).to(memory_format=order))
+    built = optim.build([("w", parameter)], t.optimizer, t.decay)
+    slow, theta = reference.Sgd(0.05, 0.9, "decoupled", False), {"w": parameter.detach().numpy().copy()}
+    for eta in (1.0, 0.5, 1.0):
+        parameter.grad = torch.randn(parameter.shape, dtype=torch.float64)
+        slow.step(theta, {"w": parameter.grad.numpy().copy()}, eta, {"w": 0.1})
+        optim.write(built, *optim.hyperparameters(t.optimizer, t.decay, eta, 0.1))
+        built.step()
+    assert np.abs(parameter.detach().numpy() - theta["w"]).max() < 1e-14
