@@ -138,7 +138,7 @@ def test_large_tensors_are_updated_whole_whatever_their_memory_order(order: torc
     built = optim.build([("w", parameter)], t.optimizer, t.decay)
     slow, theta = reference.Sgd(0.05, 0.9, "decoupled", False), {"w": parameter.detach().numpy().copy()}
     for eta in (1.0, 0.5, 1.0):
-        parameter.grad = torch.randn(parameter.shape, dtype=torch.float64)
+        parameter.grad = torch.randn(parameter.shape, dtype=torch.float64).to(memory_format=order)  # as autograd lays it out
         slow.step(theta, {"w": parameter.grad.numpy().copy()}, eta, {"w": 0.1})
         optim.write(built, *optim.hyperparameters(t.optimizer, t.decay, eta, 0.1))
         built.step()
