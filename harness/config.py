@@ -11,6 +11,8 @@ import difflib
 import hashlib
 import json
 import math
+import os
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -113,14 +115,16 @@ class Recipe(Frozen):
 
 
 class Budget(Frozen):
-    epochs: Number = Field(gt=0, description="passes over the samples trained on", examples=[7])
+    epochs: Number = Field(gt=0, le=100_000, description="passes over the samples trained on", examples=[7])
     global_batch_size: Whole = Field(ge=1, description="samples an optimizer step, over all ranks", examples=[100])
 
 
 class Evaluation(Frozen):
     """Holdout and validation are evaluated at every cycle end, and also on this schedule."""
 
-    every_epochs: Number | None = Field(None, gt=0, description="also evaluate every so many epochs; null: cycle ends only", examples=[1])
+    every_epochs: Number | None = Field(
+        None, ge=0.001, description="also evaluate every so many epochs; null: cycle ends only", examples=[1]
+    )
     batch_size: Whole = Field(500, ge=1, description="samples a forward pass on one rank", examples=[500])
     train_eval_samples: Whole = Field(
         500, ge=1, description="size of the fixed clean training subset behind train_eval/loss", examples=[500]
@@ -131,7 +135,7 @@ class Evaluation(Frozen):
 
 
 class Checkpoint(Frozen):
-    every_epochs: Number = Field(1.0, gt=0, description="beside cycle ends and the end", examples=[1])
+    every_epochs: Number = Field(1.0, ge=0.001, description="beside cycle ends and the end", examples=[1])
     keep: Whole = Field(2, ge=1, description="newest checkpoints kept", examples=[2])
 
 
@@ -418,13 +422,30 @@ class Arm(Frozen):
         {}, description="dotted key of this arm -> the values it may take"
     )
 
+    @model_validator(mode="after")
+    def _said_once(self) -> Self:
+        for key in self.space:
+            block, _, field = key.partition(".")
+            if field in getattr(self, block):
+                raise ValueError(f"{key}: {getattr(self, block)[field]!r} is fixed and also an axis of space; remove one of them")
+        return self
+
 
 FRESH_SEEDS_FROM = 1000
 
 
+def _count(seeds: Any, first: int) -> Any:
+    """A count of seeds as the seeds themselves."""
+    if type(seeds) is not int:
+        return seeds
+    if not 1 <= seeds <= 10_000:
+        raise ValueError("must be a count from 1 to 10000, or a list")
+    return tuple(range(first, first + seeds))
+
+
 class Search(Frozen):
     points: Whole | None = Field(None, ge=1, le=100_000, description="configurations an arm; left out for sampler grid", examples=[8])
-    seeds: Annotated[tuple[Whole, ...], BeforeValidator(lambda v: tuple(range(v)) if type(v) is int else v)] = Field(
+    seeds: Annotated[tuple[Whole, ...], BeforeValidator(lambda v: _count(v, 0))] = Field(
         (0,), min_length=1, description="a count (n: 0..n-1) or a list", examples=[1]
     )
 
@@ -433,7 +454,7 @@ class Finalists(Frozen):
     top: Whole = Field(1, ge=1, description="best configurations of each arm by mean holdout/top1", examples=[1])
     seeds: Annotated[
         tuple[Whole, ...],
-        BeforeValidator(lambda v: tuple(range(FRESH_SEEDS_FROM, FRESH_SEEDS_FROM + v)) if type(v) is int else v),
+        BeforeValidator(lambda v: _count(v, FRESH_SEEDS_FROM)),
     ] = Field(min_length=1, description="a count (n: 1000..999+n, fresh ones) or a list", examples=[3])
 
 
@@ -462,9 +483,11 @@ class Study(Frozen):
 
     @model_validator(mode="after")
     def _phases_agree(self) -> Self:
-        for phase in (self.search, self.finalists):
+        for name, phase in (("search", self.search), ("finalists", self.finalists)):
             if phase is not None and len(set(phase.seeds)) != len(phase.seeds):
-                raise ValueError(f"seeds {list(phase.seeds)} must be distinct")
+                raise ValueError(f"{name}.seeds: {list(phase.seeds)} must be distinct")
+        if self.finalists is not None and self.search.points is not None and self.finalists.top > self.search.points:
+            raise ValueError(f"finalists.top: {self.finalists.top} must be at most search.points, {self.search.points}")
         if self.finalists is not None:
             reused = sorted(set(self.finalists.seeds) & set(self.search.seeds))
             if reused:
@@ -535,7 +558,7 @@ def find(kind: Literal["workload", "study", "cluster"], name: str) -> Path:
         raise BadInput(f"{kind}: {name}: no such file")
     path = CONFIGS / kind / f"{name}.yaml"
     if path.is_file():
-        return path
+        return Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
     known = sorted(p.stem for p in path.parent.glob("*.yaml"))
     raise BadInput(f"{kind}: {name!r} is not in configs/{kind}; {_suggest(name, known)}")
 
@@ -546,6 +569,9 @@ def parse(model: type[M], value: dict[str, Any], source: str, rename: Callable[[
         return model.model_validate(value)
     except ValidationError as error:
         raise BadInput("\n".join(f"{source}: {line}" for line in _explain(error, model, rename))) from None
+
+
+_DOTTED = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)*")
 
 
 def _explain(error: ValidationError, model: type[BaseModel], rename: Callable[[str], str]) -> Iterator[str]:
@@ -564,7 +590,8 @@ def _explain(error: ValidationError, model: type[BaseModel], rename: Callable[[s
         elif kind == "value_error":
             text = message.removeprefix("Value error, ")
             if not keys:
-                yield text
+                written, colon, rest = text.partition(":")
+                yield rename(written) + colon + rest if _DOTTED.fullmatch(written) else text
             elif isinstance(e["input"], dict | BaseModel):
                 yield f"{key}.{text}"
             else:

@@ -151,6 +151,9 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        there = next(p for p in (self.root, *self.root.parents) if p.exists())
+        if not there.is_dir():
+            raise BadInput(f"--store {root}: not writable, {there} is not a folder; e.g. --store ./runs")
 
     def study(self, name: str) -> Path:
         return self.root / name

@@ -85,7 +85,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
 
 def _set(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise BadInput(f"--set {override!r}: must be KEY=VALUE with a dotted key; e.g. --set budget.epochs=3")
     try:
         value = yaml.safe_load(text)
@@ -123,8 +123,10 @@ def _workload(study: Study, source: str) -> WorkloadFile:
         path = find("workload", name)
         document = _merged({"name": path.stem, **read_yaml(path)}, overrides)
     for key in DEFAULTS:
+        if not isinstance(document.get(key, {}), dict):
+            raise BadInput(f"{where}: {key}: {document[key]!r} must be a mapping of keys to values")
         document[key] = _merged(document.get(key, {}), getattr(study, key))
-    workload = parse(WorkloadFile, document, where)
+    workload = parse(WorkloadFile, document, where, lambda key: key if key.partition(".")[0] in DEFAULTS else f"workload.{key}")
     return workload.model_copy(update={"data": workload.data.model_copy(update={"path": Path(workload.data.path).expanduser().absolute()})})
 
 
@@ -155,7 +157,7 @@ def points(arm_name: str, arm: Arm, study: Study) -> Iterator[dict[str, Any]]:
             yield dict(zip((key for key, _ in axes), values, strict=True))
         return
     if study.search.points is None:
-        raise BadInput(f"search.points: missing; arm {arm_name} has a space to search; e.g. 8")
+        raise BadInput(f"{study.name}: search.points: missing; arm {arm_name} has a space to search; e.g. 8")
     from scipy.stats import qmc  # most of a second, which commands on studies without axes need not spend
 
     digest = hashlib.sha256(f"{study.sampler.seed}/{arm_name}".encode()).digest()
@@ -198,6 +200,8 @@ def resolve(loaded: LoadedStudy, arm_name: str, point: Mapping[str, Any], phase:
     }
 
     def as_written(key: str) -> str:
+        if key == "seed":
+            return f"{phase}.seeds"
         if key in point or key.rpartition(".")[0] in point:
             return f"arms.{arm_name}.space.{key}"
         return f"arms.{arm_name}.{key}" if key.partition(".")[0] in blocks else key

@@ -178,7 +178,10 @@ def train(file: Annotated[Path, typer.Argument(metavar="TRIAL.yaml", help="a res
     trial = parse(Trial, read_yaml(file), str(file))
     kept = Store(store)
     kept.check_writable()
-    trial.micro_batch_size(int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if not ranks.isdigit() or int(ranks) < 1:
+        raise BadInput(f"WORLD_SIZE: {ranks!r} must be a number of processes; e.g. 2")
+    trial.micro_batch_size(int(ranks))
     Index.load(trial.workload.data.path).check(trial.workload.data)
     from harness.train import train
 
@@ -270,7 +273,7 @@ def report(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -
 
 
 @app.command("ui")
-def ui(port: Annotated[int, typer.Option(help="on 127.0.0.1")] = 5000, store: StoreOption = RUNS) -> None:
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="on 127.0.0.1")] = 5000, store: StoreOption = RUNS) -> None:
     """MLflow's UI on the store."""
     tracking.open_ui(Store(store), port)
 
