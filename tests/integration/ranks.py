@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from harness import journal
 from harness.config import Trial
 from harness.store import Store, TrialFolder
 
@@ -40,6 +41,7 @@ class Ranks:
     def __init__(self, trial: Trial, store: Store, world_size: int) -> None:
         self.folder: TrialFolder = store.trial(trial.study, trial.trial_id)
         self.folder.write_config(trial)
+        self._attempts_before = len(self._record().starts)
         unique = uuid.uuid4().hex
         self.logs = [self.folder.logs / f"{unique}-{rank}.log" for rank in range(world_size)]
         self.processes = []
@@ -52,10 +54,13 @@ class Ranks:
             process.start()
             self.processes.append(process)
 
+    def _record(self) -> journal.Record:
+        return journal.fold(journal.read(self.folder.journal))
+
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
         """Returns once the journal says that this attempt has done `step` steps."""
         deadline = time.monotonic() + seconds
-        while self.folder.state().step < step:
+        while len((record := self._record()).starts) == self._attempts_before or record.steps_done < step:
             if any(p.exitcode is not None for p in self.processes) or time.monotonic() > deadline:
                 raise AssertionError(f"the trial ended before step {step}: {self.errors()}")
             time.sleep(0.002)
@@ -91,8 +96,6 @@ def finish(trial: Trial, store: Store, world_size: int) -> dict[str, Any]:
 
 def history(folder: TrialFolder) -> dict[tuple[str, int], float]:
     """{(metric, step): value} of what is final, without the clock's readings; every one must be there once."""
-    from harness import journal
-
     settled = journal.fold(journal.read(folder.journal)).settled
     found = {(p.metric, p.step): p.value for p in settled if not p.metric.startswith(("time/", "data/"))}
     assert len({(p.metric, p.step) for p in settled}) == len(settled)

@@ -77,7 +77,7 @@ def test_kill_9_of_any_rank_at_any_step_leaves_no_trace(tmp_path: Path, few: Pat
     folder = store.trial(t.study, t.trial_id)
     for _ in range(2):
         ranks = Ranks(t, store, world)
-        ranks.wait_for_step(rng.randrange(folder.state().step + 1, 20))
+        ranks.wait_for_step(rng.randrange(journal.fold(journal.read(folder.journal)).committed + 1, 20))
         ranks.signal(rng.randrange(world), signal.SIGKILL)
         assert 0 not in ranks.wait(60), "the survivors of a killed rank end within a minute"
         assert folder.state().state == "interrupted"
