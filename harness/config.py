@@ -15,6 +15,7 @@ import os
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -37,7 +38,8 @@ from harness import schedule
 SCHEMA_VERSION = 1
 """Part of every trial id. Raise it only when the same resolved config comes to mean another result."""
 
-ModelName = Literal["mnist5k_cnn", "resnet18", "resnet50"]
+ModelName = Literal["mnist5k_cnn", "mnist5k_cnn_bn", "resnet18", "resnet50"]
+WITHOUT_BATCH_NORM = ("mnist5k_cnn",)
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -111,6 +113,12 @@ class Recipe(Frozen):
     flip: bool = Field(False, description="random horizontal flip of each training image")
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32", description="bf16: autocast over fp32 weights; fp64: for checks of the numerics"
+    )
+    clip_norm: Number | None = Field(
+        None, gt=0, description="the global batch's gradient is scaled down to this Euclidean norm; null: never", examples=[1.0]
+    )
+    norm_batch_size: Whole | None = Field(
+        None, ge=2, description="samples that batch norm normalises together; divides the micro-batch; null: the micro-batch", examples=[32]
     )
 
 
@@ -261,17 +269,66 @@ Schedule = Annotated[Constant | Step | Linear | Cosine | CosineRestarts, Field(d
 # --------------------------------------------------------------------------------------------------- trial
 
 
+@dataclass(frozen=True)
+class Supported:
+    """What a backend can do; tests/equivalence holds it to that."""
+
+    stages: tuple[int, ...]
+    precisions: tuple[str, ...]
+    offload: tuple[int, ...] = ()
+    """stages that can keep optimizer state in host memory"""
+
+    def __str__(self) -> str:
+        offload = f"; offload_optimizer with {', '.join(map(str, self.offload))}" if self.offload else ""
+        return f"zero_stage {', '.join(map(str, self.stages))} ({', '.join(self.precisions)}{offload})"
+
+
+SUPPORTED = {
+    "ddp": Supported((0, 1), ("fp32", "bf16", "fp64")),
+    "deepspeed": Supported((0, 1, 2, 3), ("fp32", "bf16"), offload=(1, 2, 3)),  # its partitions are fp32
+    "fsdp": Supported((2, 3), ("fp32", "bf16", "fp64")),
+}
+_ALL_SUPPORTED = "; ".join(f"{name} {what}" for name, what in SUPPORTED.items())
+
+
 class Backend(Frozen):
     """How the result is computed, never what it is: not part of the trial id."""
 
-    name: Literal["ddp"] = "ddp"
-    zero_stage: Literal[0, 1] = Field(0, description="1: optimizer state sharded over the ranks", examples=[1])
+    name: Literal["ddp", "deepspeed", "fsdp"] = Field(
+        "ddp", description="torch's DDP, DeepSpeed's ZeRO, or torch's fully_shard", examples=["ddp"]
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0,
+        description="sharded over the ranks: 1 optimizer state, 2 and gradients, 3 and weights. "
+        "ddp 0-1, deepspeed 0-3, fsdp 2-3 (left out: 3)",
+        examples=[1],
+    )
+    offload_optimizer: bool = Field(False, description="optimizer state in host memory; deepspeed zero_stage 1-3 only")
     micro_batch_size: Whole | None = Field(
         None, ge=1, description="samples a forward pass on one rank; null: global_batch_size / world size", examples=[50]
     )
+    channels_last: bool = Field(False, description="images and convolution weights in NHWC memory order")
+    compile: bool = Field(False, description="torch.compile of the model; needs a C++ compiler on a CPU")
     timeout_seconds: Whole = Field(
         45, ge=5, le=3600, description="a collective that waits longer ends the rank: the survivors of a killed rank leave", examples=[45]
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fsdp_shards_everything(cls, value: Any) -> Any:
+        return {"zero_stage": 3} | value if isinstance(value, dict) and value.get("name") == "fsdp" else value
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        can = SUPPORTED[self.name]
+        if self.zero_stage not in can.stages:
+            raise ValueError(f"zero_stage: {self.zero_stage} is not supported by {self.name}; supported: {_ALL_SUPPORTED}")
+        if self.offload_optimizer and self.zero_stage not in can.offload:
+            raise ValueError(
+                f"offload_optimizer: true is not supported by {self.name} zero_stage {self.zero_stage}, whose optimizer state "
+                f"stays beside the weights; supported: {_ALL_SUPPORTED}"
+            )
+        return self
 
 
 class Trial(Frozen):
@@ -296,6 +353,21 @@ class Trial(Frozen):
         if batch > samples:
             raise ValueError(
                 f"budget.global_batch_size: {batch} must be at most the {samples} samples trained on; e.g. {min(100, samples)}"
+            )
+        recipe, model = self.workload.recipe, self.workload.model.name
+        if recipe.precision not in SUPPORTED[self.backend.name].precisions:
+            raise ValueError(
+                f"workload.recipe.precision: {recipe.precision} is not supported by {self.backend.name}; supported: {_ALL_SUPPORTED}"
+            )
+        if recipe.norm_batch_size is not None and model in WITHOUT_BATCH_NORM:
+            raise ValueError(
+                f"workload.recipe.norm_batch_size: {recipe.norm_batch_size} has no meaning for {model}, "
+                "which has no batch norm; leave it out"
+            )
+        if recipe.norm_batch_size is not None and batch % recipe.norm_batch_size:
+            raise ValueError(
+                f"workload.recipe.norm_batch_size: {recipe.norm_batch_size} must divide budget.global_batch_size, {batch}; "
+                f"e.g. {_divisor(batch, recipe.norm_batch_size)}"
             )
         if schedule.total_steps(self) < 1:
             raise ValueError(
@@ -331,23 +403,37 @@ class Trial(Frozen):
     def micro_batch_size(self, world_size: int) -> int:
         """Samples a forward pass on one rank.
 
-        Raises BadInput when the global batch cannot be split evenly over `world_size` ranks and micro-batches.
+        Raises BadInput when the global batch cannot be split evenly over `world_size` ranks, micro-batches and norm batches.
         """
         batch, micro = self.budget.global_batch_size, self.backend.micro_batch_size
         if batch % world_size:
             near = sorted({max(1, batch // world_size), -(-batch // world_size)})
+            below = _divisor(batch, world_size)
+            above = next(n for n in range(world_size, batch + world_size + 1) if batch % n == 0 or n > batch)
+            worlds = sorted({below, above} if above <= batch else {below})
             raise BadInput(
                 f"budget.global_batch_size: {batch} is not divisible by {world_size} ranks; "
-                f"e.g. {' or '.join(str(n * world_size) for n in near)}"
+                f"e.g. {' or '.join(map(str, worlds))} rank(s), or a batch of {' or '.join(str(n * world_size) for n in near)}"
             )
         share = batch // world_size
         if micro is not None and share % micro:
-            fits = max(d for d in range(1, min(micro, share) + 1) if share % d == 0)
             raise BadInput(
                 f"backend.micro_batch_size: {micro} does not divide the {share} samples of each of {world_size} rank(s) "
-                f"(budget.global_batch_size {batch}); e.g. {fits}"
+                f"(budget.global_batch_size {batch}); e.g. {_divisor(share, micro)}"
             )
-        return micro or share
+        micro, together = micro or share, self.workload.recipe.norm_batch_size
+        if together is not None and micro % together:
+            fits = [n for n in range(together, share + 1, together) if share % n == 0]
+            raise BadInput(
+                f"workload.recipe.norm_batch_size: {together} does not divide the micro-batch of {micro} on each of {world_size} rank(s); "
+                + (f"e.g. backend.micro_batch_size {min(fits, key=lambda n: abs(n - micro))}" if fits else "fewer ranks are needed")
+            )
+        return micro
+
+
+def _divisor(of: int, near: int) -> int:
+    """The largest divisor of `of` that is at most `near`."""
+    return max(d for d in range(1, min(near, of) + 1) if of % d == 0)
 
 
 # --------------------------------------------------------------------------------------------------- study

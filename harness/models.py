@@ -60,6 +60,7 @@ def _torchvision(name: str) -> Callable[[Data], nn.Module]:
 
 BUILDERS: dict[str, Callable[[Data], nn.Module]] = {
     "mnist5k_cnn": _mnist5k_cnn,
+    "mnist5k_cnn_bn": _mnist5k_cnn,
     "resnet18": _torchvision("resnet18"),
     "resnet50": _torchvision("resnet50"),
 }

@@ -13,12 +13,13 @@ DATA = {
 
 
 def trial(**over: Any) -> Trial:
-    """A resolved trial of mnist5k_cnn; `over` replaces top-level blocks, and `data` and `recipe` update the workload's."""
+    """A resolved trial of mnist5k_cnn; `over` replaces top-level blocks, `data` and `recipe` update the workload's,
+    `model` names its model."""
     document: dict[str, Any] = {
         "workload": {
             "name": "mnist5k_cnn",
             "data": DATA | over.pop("data", {}),
-            "model": {"name": "mnist5k_cnn"},
+            "model": {"name": over.pop("model", "mnist5k_cnn")},
             "recipe": over.pop("recipe", {}),
         },
         "optimizer": {"name": "adam", "lr": 1e-3},

@@ -13,6 +13,11 @@ from harness import config
 from harness.config import BadInput, Study, parse, read_yaml
 from tests.trials import trial
 
+SUPPORTED = (
+    "supported: ddp zero_stage 0, 1 (fp32, bf16, fp64); "
+    "deepspeed zero_stage 0, 1, 2, 3 (fp32, bf16; offload_optimizer with 1, 2, 3); fsdp zero_stage 2, 3 (fp32, bf16, fp64)"
+)
+
 
 @pytest.mark.parametrize(
     ("over", "message"),
@@ -37,7 +42,27 @@ from tests.trials import trial
             {"budget": {"epochs": 1, "global_batch_size": 5000}},
             "budget.global_batch_size: 5000 must be at most the 3500 samples trained on; e.g. 100",
         ),
-        ({"backend": {"zero_stage": 3}}, "backend.zero_stage: 3 must be 0 or 1; e.g. 1"),
+        ({"backend": {"zero_stage": 4}}, "backend.zero_stage: 4 must be 0, 1, 2 or 3; e.g. 1"),
+        ({"backend": {"zero_stage": 3}}, f"backend.zero_stage: 3 is not supported by ddp; {SUPPORTED}"),
+        ({"backend": {"name": "fsdp", "zero_stage": 1}}, f"backend.zero_stage: 1 is not supported by fsdp; {SUPPORTED}"),
+        ({"backend": {"offload_optimizer": True}}, "backend.offload_optimizer: true is not supported by ddp zero_stage 0, whose"),
+        (
+            {"backend": {"name": "deepspeed", "offload_optimizer": True}},
+            "backend.offload_optimizer: true is not supported by deepspeed zero_stage 0",
+        ),
+        (
+            {"backend": {"name": "deepspeed"}, "recipe": {"precision": "fp64"}},
+            f"workload.recipe.precision: fp64 is not supported by deepspeed; {SUPPORTED}",
+        ),
+        ({"recipe": {"clip_norm": 0}}, "workload.recipe.clip_norm: 0 must be greater than 0; e.g. 1.0"),
+        (
+            {"recipe": {"norm_batch_size": 50}},
+            "workload.recipe.norm_batch_size: 50 has no meaning for mnist5k_cnn, which has no batch norm",
+        ),
+        (
+            {"model": "mnist5k_cnn_bn", "recipe": {"norm_batch_size": 32}},
+            "workload.recipe.norm_batch_size: 32 must divide budget.global_batch_size, 100; e.g. 25",
+        ),
         ({"data": {"holdout_samples": 4000}}, "workload.data.holdout_samples 4000 must be below train_samples 4000; e.g. 400"),
         ({"cats": 1}, "cats: unknown key; valid: arm, backend, budget"),
         ({"schedule": "cosine"}, "schedule: 'cosine' must be a valid dictionary"),
@@ -98,12 +123,29 @@ def test_unreadable_yaml(tmp_path: Path, text: str, message: str) -> None:
 def test_global_batch_and_micro_batch_must_divide() -> None:
     t = trial(budget={"epochs": 1, "global_batch_size": 100})
     assert [t.micro_batch_size(w) for w in (1, 2, 4, 5)] == [100, 50, 25, 20]
-    with pytest.raises(BadInput, match=r"global_batch_size: 100 is not divisible by 3 ranks; e.g. 99 or 102"):
+    with pytest.raises(
+        BadInput, match=r"global_batch_size: 100 is not divisible by 3 ranks; e.g. 2 or 4 rank\(s\), or a batch of 99 or 102"
+    ):
         t.micro_batch_size(3)
     t = trial(budget={"epochs": 1, "global_batch_size": 100}, backend={"micro_batch_size": 20})
     assert [t.micro_batch_size(w) for w in (1, 5)] == [20, 20]
     with pytest.raises(BadInput, match=r"micro_batch_size: 20 does not divide the 50 samples .* e.g. 10"):
         t.micro_batch_size(2)
+
+
+def test_norm_batches_divide_micro_batches() -> None:
+    t = trial(model="mnist5k_cnn_bn", recipe={"norm_batch_size": 25}, backend={"micro_batch_size": 10})
+    with pytest.raises(BadInput, match=r"norm_batch_size: 25 does not divide the micro-batch of 10 .* e.g. backend.micro_batch_size 25"):
+        t.micro_batch_size(1)
+    t = trial(model="mnist5k_cnn_bn", recipe={"norm_batch_size": 25})
+    assert [t.micro_batch_size(w) for w in (1, 2, 4)] == [100, 50, 25]
+    with pytest.raises(BadInput, match=r"norm_batch_size: 25 does not divide the micro-batch of 20 .* fewer ranks are needed"):
+        t.micro_batch_size(5)
+
+
+def test_fsdp_shards_everything_unless_told() -> None:
+    assert trial(backend={"name": "fsdp"}).backend.zero_stage == 3
+    assert trial(backend={"name": "fsdp", "zero_stage": 2}).backend.zero_stage == 2
 
 
 def test_model_names_are_those_of_models_py() -> None:

@@ -168,10 +168,10 @@ def test_seed_0_of_every_arm_sees_the_same_data_and_initial_weights_by_construct
         ("workload=imagenet", "workload: 'imagenet' is not in configs/workload; valid: mnist5k_cnn"),
         ("workload.data.holdout_samples=9999", "data.holdout_samples 9999 must be below train_samples 4000"),
         ("budget.epoch=3", "budget.epoch: unknown key; did you mean 'epochs'?"),
-        ("ranks=3", "budget.global_batch_size: 100 is not divisible by 3 ranks; e.g. 99 or 102"),
+        ("ranks=3", "budget.global_batch_size: 100 is not divisible by 3 ranks; e.g. 2 or 4 rank(s), or a batch of 99 or 102"),
         ("search.points=null", "search.points: missing; arm AdamWR has a space to search; e.g. 8"),
         ("nonsense", "--set 'nonsense': must be KEY=VALUE"),
-        ("backend.name=horovod", "backend.name: 'horovod' must be 'ddp'"),
+        ("backend.name=horovod", "backend.name: 'horovod' must be 'ddp', 'deepspeed' or 'fsdp'"),
     ],
 )
 def test_mistakes_are_named_where_the_user_wrote_them(override: str, message: str) -> None:
