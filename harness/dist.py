@@ -95,6 +95,14 @@ def joined(timeout_seconds: int) -> Iterator[Ranks]:
         td.destroy_process_group()
 
 
+def ensure_group(ranks: Ranks, timeout_seconds: int) -> None:
+    """torch's default process group also for a single process: sharding libraries need one. Ends with the process."""
+    if not td.is_initialized():
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        store = td.HashStore()  # type: ignore[attr-defined]
+        td.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout_seconds))
+
+
 def peer_lost(error: BaseException) -> bool:
     """Whether an exception says that another rank is gone, so that this trial was interrupted and did not fail."""
     text = str(error).lower()

@@ -1,26 +1,24 @@
 """The backend seam: train_step, evaluation_model, save, load.
 
-Accumulation, mixed precision, gradient synchronisation and sharding live below it. `build` is the only place that
-looks at the backend's name.
+Accumulation, gradient synchronisation, clipping and sharding live below it; what every backend shares (the order of
+micro-batches, the loss, batch norm's running statistics, the form of a checkpoint) is here once. `build` is the only
+place that looks at the backend's name, and each backend's library is imported in its own module of harness.backends.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from harness import checkpoint, models, optim
+from harness import checkpoint, models, norm
 from harness.config import Trial
 from harness.dist import Ranks
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""of weights and optimizer state; bf16 is autocast over fp32 weights"""
 
 
 @dataclass(frozen=True)
@@ -33,130 +31,181 @@ class Step:
     """weights/norm, weights/update_ratio and, for adam, adam/v_below_eps, when asked for; the same on every rank"""
 
 
-class Engine(Protocol):
+@dataclass(frozen=True)
+class Slice:
+    """Elements [start, start + count) of a flattened parameter, and where the optimizer keeps them."""
+
+    tensor: Tensor
+    """what the optimizer steps on: the parameter, or a flat partition of several; the key of its state"""
+    offset: int
+    """place of the first element in `tensor`"""
+    start: int
+    """place of the first element in the flattened parameter"""
+    count: int
+
+    @classmethod
+    def whole(cls, tensor: Tensor, start: int = 0) -> Slice:
+        return cls(tensor, 0, start, tensor.numel())
+
+    def read(self, state: Tensor) -> Tensor:
+        """These elements of a state of `tensor`, flat, in C order whatever the memory format."""
+        return state.reshape(-1)[self.offset : self.offset + self.count]
+
+    def write(self, state: Tensor, flattened: Tensor) -> None:
+        """Fills these elements of a state of `tensor` from the same state of the whole parameter, flattened."""
+        piece = flattened[self.start : self.start + self.count]
+        if self.count == state.numel():
+            state.copy_(piece.reshape(state.shape))
+        else:
+            state.view(-1)[self.offset : self.offset + self.count].copy_(piece)
+
+
+class Engine(ABC):
+    """A model, its optimizer and the ranks it is spread over. The four public methods are all that the loop knows."""
+
+    weights_are_sharded = False
+    _optimizer: torch.optim.Optimizer
+    """the one whose state holds this rank's moments"""
+
+    def __init__(self, trial: Trial, ranks: Ranks) -> None:
+        self._trial, self._ranks = trial, ranks
+        self._micro = trial.micro_batch_size(ranks.world_size)
+        self._format = torch.channels_last if trial.backend.channels_last else torch.contiguous_format
+        self._model = models.build(trial.workload, trial.seed).to(ranks.device)
+        self._gathered: nn.Module | None = None
+        if trial.backend.compile:
+            self._model.compile()
+
     def train_step(self, images: Tensor, labels: Tensor, *, lr: float, weight_decay: float, measure: bool = False) -> Step:
         """One optimizer step on this rank's share of the global batch: images uint8 (n, C, H, W), labels (n,). Collective.
 
         lr and weight_decay as harness.optim means them.
         """
-
-    def evaluation_model(self) -> nn.Module:
-        """The full model in evaluation mode; its forward is free of collectives. The next train_step leaves that mode."""
-
-    def save(self) -> dict[str, dict[str, Any]]:
-        """This rank's part of a checkpoint, {file name: state by parameter name}. Collective."""
-
-    def load(self, saved: checkpoint.Saved) -> None:
-        """Weights, buffers and moments of a checkpoint written at any world size. Collective."""
-
-
-class DDPEngine:
-    """torch's DistributedDataParallel, with ZeroRedundancyOptimizer at zero_stage 1. gloo on CPUs, NCCL on GPUs."""
-
-    def __init__(self, trial: Trial, ranks: Ranks) -> None:
-        self._trial, self._ranks = trial, ranks
-        self._micro = trial.micro_batch_size(ranks.world_size)
-        self._model = models.build(trial.workload.model, trial.workload.data, trial.seed, DTYPES[trial.workload.recipe.precision])
-        self._model.to(ranks.device)
-        named = list(self._model.named_parameters())
-        groups = optim.param_groups(named, trial.decay)
-        cls, arguments = optim.optimizer_class(trial.optimizer, trial.decay)
-        self._sharded = trial.backend.zero_stage == 1 and ranks.world_size > 1
-        if self._sharded:
-            from torch.distributed.optim import ZeroRedundancyOptimizer  # costs a second of CPU to import
-
-            self._optimizer: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=cls, **arguments)
-            self._local: torch.optim.Optimizer = self._optimizer.optim
-        else:
-            self._optimizer = self._local = cls(groups, **arguments)
-        self._replica: nn.Module = self._model
-        if ranks.world_size > 1:
-            self._replica = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
-            self._settle_buckets()
-
-    def _settle_buckets(self) -> None:
-        """One throw-away backward pass.
-
-        DDP regroups its buckets after the first one, and with more than two ranks the grouping decides the order of
-        sums. A fresh run and a resumed one must have it behind them alike, to be equal to the last bit.
-        """
-        buffers = [b.clone() for b in self._model.buffers()]
-        data = self._trial.workload.data
-        images = torch.zeros(self._micro, data.channels, data.image_size, data.image_size, dtype=torch.uint8, device=self._ranks.device)
-        self._replica(images).sum().backward()
-        self._optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self._model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-
-    def train_step(self, images: Tensor, labels: Tensor, *, lr: float, weight_decay: float, measure: bool = False) -> Step:
+        self._gathered = None
         if not self._model.training:
-            self._replica.train()
+            self._model.train()
         batches = list(zip(images.split(self._micro), labels.split(self._micro), strict=True))
-        losses = [self._backward(x, y, len(batches), index == len(batches) - 1) for index, (x, y) in enumerate(batches)]
-        before = [p.detach().clone() for p in self._model.parameters()] if measure else []
-        optim.write(self._optimizer, lr, weight_decay)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        losses = [self._micro_step(x, y, len(batches), index == len(batches) - 1) for index, (x, y) in enumerate(batches)]
+        norm.update_running_statistics(self._model, self._ranks)
+        before = [w.clone() for w in self._weights()] if measure else []
+        self._update(lr, weight_decay)
         return Step(torch.stack(losses).mean() if len(losses) > 1 else losses[0], self._measure(before) if measure else {})
 
-    def _backward(self, images: Tensor, labels: Tensor, count: int, last: bool) -> Tensor:
-        """Adds one of `count` micro-batches to the gradients, which the last one sums over the ranks; its plain loss, 0-d."""
-        recipe, device = self._trial.workload.recipe, self._ranks.device
-        replica = self._replica
-        with replica.no_sync() if isinstance(replica, DistributedDataParallel) and not last else nullcontext():
-            with torch.autocast(device.type, torch.bfloat16) if recipe.precision == "bf16" else nullcontext():
-                logits = replica(images.to(device, non_blocking=True))
-            logits = logits.to(DTYPES[recipe.precision])
-            labels = labels.to(device, non_blocking=True)
-            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-            (loss / count if count > 1 else loss).backward()
-        return F.cross_entropy(logits.detach(), labels) if recipe.label_smoothing else loss.detach()
+    def _micro_step(self, images: Tensor, labels: Tensor, count: int, last: bool) -> Tensor:
+        """Adds one of `count` micro-batches to the gradients; its plain loss, 0-d."""
+        device, smoothing = self._ranks.device, self._trial.workload.recipe.label_smoothing
+        images = images.to(device, non_blocking=True).contiguous(memory_format=self._format)
+        labels = labels.to(device, non_blocking=True)
+        logits = self._forward(images, last)
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        self._backward(loss, count, last)
+        return F.cross_entropy(logits.detach(), labels) if smoothing else loss.detach()
+
+    def evaluation_model(self) -> nn.Module:
+        """The full model in evaluation mode; its forward is free of collectives. Collective; the next train_step ends it."""
+        if not self.weights_are_sharded:
+            return self._model.eval()
+        if self._gathered is None:
+            self._gathered = models.build(self._trial.workload, self._trial.seed).to(self._ranks.device)
+            self._gathered.load_state_dict(self._model.state_dict() | self._full_weights())
+        return self._gathered.eval()
+
+    def save(self) -> dict[str, dict[str, Any]]:
+        """This rank's part of a checkpoint, {file name: state by parameter name}, as live tensors. Collective."""
+        weights = self.evaluation_model().state_dict()  # what is saved is what is evaluated
+        files: dict[str, dict[str, Any]] = {"model.pt": weights} if self._ranks.rank == 0 else {}
+        pieces = {
+            name: {"start": piece.start} | {k: piece.read(v) if v.ndim else v for k, v in self._optimizer.state[piece.tensor].items()}
+            for name, piece in self._slices().items()
+            if self._optimizer.state.get(piece.tensor)
+        }
+        return files | ({f"optimizer-{self._ranks.rank}.pt": pieces} if pieces else {})
+
+    def load(self, saved: checkpoint.Saved) -> None:
+        """Weights, buffers and moments of a checkpoint written by any backend at any world size. Collective."""
+        self._gathered = None
+        self._load_weights(saved.load("model.pt"))
+        stored = saved.optimizer_state()
+        for name, piece in self._slices().items():
+            state = self._optimizer.state[piece.tensor]
+            for key, value in stored.get(name, {}).items():
+                if value.ndim == 0:
+                    state[key] = value.to(piece.tensor.device)
+                else:
+                    if key not in state:
+                        state[key] = torch.zeros_like(piece.tensor)
+                    piece.write(state[key], value)
 
     @torch.no_grad()
     def _measure(self, before: list[Tensor]) -> dict[str, float]:
-        now = [p.detach() for p in self._model.parameters()]
-        norm = _norm(now)
-        out = {"weights/norm": norm, "weights/update_ratio": _norm([a - b for a, b in zip(now, before, strict=True)]) / norm}
+        now = self._weights()
+        squares = [_squares(now), _squares([a - b for a, b in zip(now, before, strict=True)])]
+        size, change = (s**0.5 for s in (self._ranks.sums(squares) if self.weights_are_sharded else squares))
+        out = {"weights/norm": size, "weights/update_ratio": change / size}
         if self._trial.optimizer.name == "adam":
             _, beta2 = self._trial.optimizer.betas
             counts = [0.0, 0.0]
-            for state in self._own_state().values():
-                v_hat = state["exp_avg_sq"] / (1 - beta2 ** float(state["step"]))
+            for piece in self._slices().values():
+                state = self._optimizer.state[piece.tensor]
+                v_hat = piece.read(state["exp_avg_sq"]) / (1 - beta2 ** float(state["step"]))
                 counts[0] += float((v_hat.sqrt() < self._trial.optimizer.eps).sum())
                 counts[1] += v_hat.numel()
             below, elements = self._ranks.sums(counts)
             out["adam/v_below_eps"] = below / elements
         return out
 
-    def _own_state(self) -> dict[str, dict[str, Any]]:
-        """{parameter name: optimizer state} of the parameters whose state this rank holds."""
-        state = self._local.state
-        return {name: state[p] for name, p in self._model.named_parameters() if p in state}
+    # What a backend supplies.
 
-    def evaluation_model(self) -> nn.Module:
-        return self._model.eval()
+    @abstractmethod
+    def _forward(self, images: Tensor, last: bool) -> Tensor:
+        """Logits; `last`: of the step's last micro-batch."""
 
-    def save(self) -> dict[str, dict[str, Any]]:
-        files: dict[str, dict[str, Any]] = {}
-        if self._ranks.rank == 0:
-            files["model.pt"] = self._model.state_dict()
-        if self._ranks.rank == 0 or self._sharded:
-            files[f"optimizer-{self._ranks.rank}.pt"] = self._own_state()
-        return files
+    @abstractmethod
+    def _backward(self, loss: Tensor, count: int, last: bool) -> None:
+        """Adds 1/count of the loss's gradient; after the last one the gradients are means over the ranks."""
 
-    def load(self, saved: checkpoint.Saved) -> None:
-        self._model.load_state_dict(saved.load("model.pt"))
-        own = {p for group in self._local.param_groups for p in group["params"]}
-        stored = saved.optimizer_state()
-        for name, parameter in self._model.named_parameters():
-            if parameter in own and name in stored:
-                self._local.state[parameter] = {key: value.to(self._ranks.device) for key, value in stored[name].items()}
+    @abstractmethod
+    def _update(self, lr: float, weight_decay: float) -> None:
+        """Clips, writes lr and weight_decay into the param groups, steps, drops the gradients."""
+
+    @abstractmethod
+    def _weights(self) -> list[Tensor]:
+        """The weights as the optimizer has them: all of them, or this rank's share if they are sharded."""
+
+    @abstractmethod
+    def _slices(self) -> Mapping[str, Slice]:
+        """{parameter name: what of its optimizer state this rank holds}."""
+
+    @abstractmethod
+    def _load_weights(self, state: dict[str, Tensor]) -> None:
+        """The full state, on the CPU, into weights and buffers. Collective."""
+
+    def _full_weights(self) -> dict[str, Tensor]:
+        """Where weights are sharded, all of them by name. Collective."""
+        raise NotImplementedError
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    """Euclidean norm of all elements, summed in float64."""
-    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
+def load_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        if name in state:
+            buffer.copy_(state[name])
+
+
+def _squares(tensors: list[Tensor]) -> float:
+    """Sum of the squares of all elements, in float64."""
+    return float(torch.stack([t.double().square().sum() for t in tensors]).sum())
 
 
 def build(trial: Trial, ranks: Ranks) -> Engine:
+    """The engine of trial.backend. Imports that backend's library and no other."""
+    if trial.backend.name == "deepspeed":
+        from harness.backends.zero import DeepSpeedEngine
+
+        return DeepSpeedEngine(trial, ranks)
+    if trial.backend.name == "fsdp":
+        from harness.backends.fsdp import FSDPEngine
+
+        return FSDPEngine(trial, ranks)
+    from harness.backends.ddp import DDPEngine
+
     return DDPEngine(trial, ranks)
