@@ -72,7 +72,7 @@ class FSDPEngine(Engine):
 
     def _first_row(self, name: str) -> int:
         """Rows are dealt out as torch.chunk does: equal parts, rounded up, until there are none left."""
-        rows = self._sharded[name].shape[0]
+        rows = int(self._sharded[name].shape[0])
         return min(rows, self._ranks.rank * -(-rows // self._ranks.world_size))
 
     @torch.no_grad()
