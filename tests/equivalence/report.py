@@ -1,0 +1,96 @@
+"""From cells to rows to a table on any kind of output."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from harness import models
+from tests.equivalence import groups
+from tests.equivalence.cells import Cell, Results, Row
+from tests.equivalence.problem import ARMS, BACKENDS, Course, Digits, make
+from tests.equivalence.rank import Run, install_reference_model
+
+
+def worlds(device: str) -> tuple[int, ...]:
+    return tuple(w for w in (1, 2, 4) if device == "cpu" or w <= torch.cuda.device_count())
+
+
+def rows(cells: Sequence[Cell], course: Course, device: str = "cpu", progress: bool = False) -> list[Row]:
+    """Does the runs that the cells need, each once, and judges the cells. A run that fails costs only its own cells."""
+    runs = list({run.name: run for cell in cells for run in cell.runs}.values())
+    with tempfile.TemporaryDirectory(prefix="wrbench-equivalence-") as folder:
+        root = Path(folder)
+        Digits.build().write(root)
+        torch.save(_initial(course), root / "initial.pt")
+        capacity = torch.cuda.device_count() if device == "cuda" else 2 * (os.cpu_count() or 1)
+        found = groups.execute(runs, root, device, capacity, _Progress(runs) if progress else lambda run: None)
+        results = Results(found, root, course)
+        return [cell.row(results) for cell in cells]
+
+
+def _initial(course: Course) -> dict[str, torch.Tensor]:
+    before = dict(models.BUILDERS)
+    install_reference_model()
+    try:
+        trial = make(course, next(iter(ARMS)), BACKENDS[0])
+        return models.build(trial.workload, trial.seed).state_dict()
+    finally:
+        models.BUILDERS.update(before)
+
+
+class _Progress:
+    """A line that is rewritten on a terminal, else a line every tenth."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs, self._total = len(runs), sum(run.cost for run in runs)
+        self._done, self._cost, self._told, self._start = 0, 0.0, 0.0, time.monotonic()
+
+    def __call__(self, run: Run) -> None:
+        self._done, self._cost = self._done + 1, self._cost + run.cost
+        share, passed = self._cost / self._total, time.monotonic() - self._start
+        terminal = sys.stderr.isatty()
+        if not terminal and share < self._told + 0.1 and self._done < self._runs:
+            return
+        self._told = share
+        line = f"{self._done} of {self._runs} runs, {passed / 60:.1f} min, about {passed * (1 / share - 1) / 60:.1f} min left"
+        print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal and self._done < self._runs else "\n", file=sys.stderr, flush=True)
+
+
+def publish(found: Sequence[Row], path: Path) -> int:
+    """Prints the table and the verdict, writes the rows as JSON; the exit status."""
+    shown = Table(box=None, pad_edge=False)
+    for title, justify in (("", "left"), ("cell", "left"), ("figure", "right"), ("limit", "right"), ("note", "left")):
+        shown.add_column(title, justify=justify, no_wrap=title not in ("cell", "note"), overflow="fold")  # type: ignore[arg-type]
+    for row in found:
+        verdict = "refused" if row.refused else "ok" if row.ok else "FAIL"
+        limit = "" if row.limit is None else f"{'>' if row.exceeds else ''}{row.limit:.1e}"
+        shown.add_row(verdict, row.name, _number(row.figure), limit, row.note.replace("[", r"\["))
+    Console(width=None if sys.stdout.isatty() else 170).print(shown)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps([_plain(row) for row in found], indent=1) + "\n")
+    worst = max(found, key=lambda row: (not row.ok, row.badness))
+    refused, passed = sum(row.refused for row in found), all(row.ok for row in found)
+    limit = "no limit" if worst.limit is None else f"{worst.limit:.1e}"
+    print(f"{'PASS' if passed else 'FAIL'} equivalence: {len(found)} cells, {refused} refused, worst {worst.name} {_number(worst.figure)} of {limit}")
+    return 0 if passed else 1
+
+
+def _number(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.1e}"
+
+
+def _plain(row: Row) -> dict[str, object]:
+    figure = row.figure if row.figure is not None and math.isfinite(row.figure) else None
+    return asdict(row) | {"figure": figure}
