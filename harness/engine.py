@@ -117,7 +117,7 @@ class Engine(ABC):
         pieces = {
             name: {"start": piece.start} | {k: piece.read(v) if v.ndim else v for k, v in self._optimizer.state[piece.tensor].items()}
             for name, piece in self._slices().items()
-            if self._optimizer.state.get(piece.tensor)
+            if self._optimizer.state.get(piece.tensor) and (self._ranks.rank == 0 or self._trial.backend.zero_stage)  # whole at stage 0
         }
         return files | ({f"optimizer-{self._ranks.rank}.pt": pieces} if pieces else {})
 
