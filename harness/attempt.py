@@ -9,6 +9,7 @@ import os
 import platform
 import socket
 import subprocess
+import time
 import traceback
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -50,7 +51,12 @@ class Attempt:
         self.trial, self.folder, self.ranks = trial, folder, ranks
         self._resources = ExitStack()
         self._substituted: set[int] = set()
-        self._steps_done = 0
+        self._saving: checkpoint.Saving | None = None
+        self._saved = Progress()
+        """at the save under way, else at the last one"""
+        self._stall = self._step = 0.0
+        """seconds: that the loop has stood still for the save under way; of the mean step between the save before and it"""
+        self._ended = False
 
     def __enter__(self) -> Attempt:
         number = 0
@@ -60,10 +66,11 @@ class Attempt:
                 self.folder.write_config(self.trial)
             number = self.folder.claim()
             self.folder.result.unlink(missing_ok=True)
-            checkpoint.tidy(self.folder, self.trial.checkpoint.keep)
+            checkpoint.tidy(self.folder, self.trial.checkpoint.keep, number)
         self.number: int = self.ranks.from_rank_0(number)
         self._journal = Journal(self.folder.journal, self.trial.trial_id, self.number)
         self._resources.callback(self._journal.close)
+        self._resources.callback(self._abandon)
         return self
 
     def resume(self, engine: Engine, **described: Any) -> Progress:
@@ -75,10 +82,10 @@ class Attempt:
             saved = checkpoint.at(Path(path))
             engine.load(saved)
             progress = Progress(**saved.manifest["progress"])
-        self._steps_done = progress.steps_done
-        self._write(self._steps_done, event="start", resumed_from=self._steps_done, **self._description(), **described)
+        self._saved = progress
+        self._write(progress.steps_done, event="start", resumed_from=progress.steps_done, **self._description(), **described)
         for complaint in complaints:
-            self.warn(self._steps_done, complaint)
+            self.warn(progress.steps_done, complaint)
         return progress
 
     def _description(self) -> dict[str, Any]:
@@ -119,56 +126,102 @@ class Attempt:
             self._journal.write(step, **fields)
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Commits a checkpoint; the journal up to there is on disk before. Collective."""
-        if self.ranks.rank == 0:
-            self._journal.sync()
-        self._steps_done = progress.steps_done
-        checkpoint.save(
+        """Takes a snapshot, which is written while training goes on; commits the save before, if it is not yet. Collective."""
+        self.commit()
+        start = time.perf_counter()
+        steps = progress.steps_done - self._saved.steps_done
+        self._step = (progress.train_seconds - self._saved.train_seconds) / steps
+        self._saved = progress
+        self._saving = checkpoint.Saving(
             self.folder, self.ranks, self.trial.trial_id, self.number, progress.steps_done, engine.save(), {"progress": asdict(progress)}
         )
-        self._write(progress.steps_done, event="checkpoint")
+        self._stall = time.perf_counter() - start
+
+    def written(self) -> bool:
+        """Whether a save is under way and this rank's part of it is done. When all ranks say so, `commit` does not wait."""
+        return self._saving is not None and self._saving.written()
+
+    def commit(self) -> None:
+        """Commits the save under way, if any; the journal up to its step is on disk before. Collective.
+
+        A save for which there is no room on some rank's disk is given up with a warning: the run goes on, and the older
+        checkpoints stay.
+        """
+        if self._saving is None:
+            return
+        start, step = time.perf_counter(), self._saved.steps_done
+        failure = self._saving.commit(self._journal)
+        self._saving = None
+        if failure:
+            self.warn(step, f"the checkpoint of step {step} could not be written ({failure}); older ones are kept")
+            return
+        self._stall += time.perf_counter() - start
+        self._write(step, event="checkpoint", stall_seconds=self._stall, step_seconds=self._step)
         if self.ranks.rank == 0:
-            checkpoint.tidy(self.folder, self.trial.checkpoint.keep)
+            checkpoint.tidy(self.folder, self.trial.checkpoint.keep, self.number)
+
+    def _abandon(self) -> None:
+        if self._saving is not None:
+            self._saving.abandon()
 
     def stop(self, steps_done: int, reason: str) -> dict[str, Any]:
-        """The attempt was told to stop and has saved: the trial is interrupted."""
+        """The attempt was told to stop and has taken a snapshot: once that is committed, the trial is interrupted. Collective."""
+        self.commit()
         self._write(steps_done, event="stop", reason=reason)
-        return self._result("interrupted", steps_done, None)
+        return self._result("interrupted", steps_done, metrics=self._metrics())
 
     def end(self, state: str, steps_done: int, weights_sha256: str | None, error: str | None = None) -> dict[str, Any]:
-        """Records that the trial ended; the result.json mapping, the same on every rank. Collective."""
+        """Records that the trial ended; the result.json mapping, the same on every rank. Collective.
+
+        Raises OSError if the record cannot be written: the trial can be run again, from its newest checkpoint.
+        """
+        self.commit()
+        self._ended = True
         self._write(max(0, steps_done - 1), event="end", state=state, error=error)
-        result = self._result(state, steps_done, weights_sha256)
-        if self.ranks.rank == 0:
-            write_result(self.folder, result)
+        try:
+            if self.ranks.rank == 0:
+                self._journal.sync()
+            result = self._result(state, steps_done, weights_sha256, self._metrics())
+            if self.ranks.rank == 0:
+                write_result(self.folder, result)
+        except OSError as full:
+            reason = f"trial {self.trial.trial_id} has {state}, which cannot be recorded: {full.strerror}; make room and run it again"
+            raise OSError(full.errno, reason, str(self.folder.path)) from full
         return result
 
-    def _result(self, state: str, steps_done: int, weights_sha256: str | None) -> dict[str, Any]:
+    def _metrics(self) -> dict[str, float]:
+        """The newest value of each metric in the journal. Collective."""
         metrics: dict[str, float] = {}
         if self.ranks.rank == 0:
             points = journal.fold(journal.read(self.folder.journal)).points()
             metrics = {p.metric: p.value for p in sorted(points, key=lambda p: p.step)}
+        found: dict[str, float] = self.ranks.from_rank_0(metrics)
+        return found
+
+    def _result(
+        self, state: str, step: int, weights_sha256: str | None = None, metrics: dict[str, float] | None = None, **error: str
+    ) -> dict[str, Any]:
         return {
-            "trial_id": self.trial.trial_id, "arm": self.trial.arm, "seed": self.trial.seed, "state": state, "step": steps_done,
+            "trial_id": self.trial.trial_id, "arm": self.trial.arm, "seed": self.trial.seed, "state": state, "step": step,
             "total_steps": total_steps(self.trial), "attempts": self.number, "weights_sha256": weights_sha256,
-            "metrics": self.ranks.from_rank_0(metrics),
+            "metrics": metrics or {}, **error,
         }  # fmt: skip
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self._resources:
-            ours = isinstance(error, Exception) and not peer_lost(error) and not isinstance(error, checkpoint.Superseded)
-            if error is None or not ours:
-                return
-            line = " ".join(traceback.format_exception_only(error)[-1].split())[:LINE]
-            self._journal.write(self._steps_done, event="end", state="failed", error=line, rank=self.ranks.rank)
-            write_result(
-                self.folder,
-                {
-                    "trial_id": self.trial.trial_id, "arm": self.trial.arm, "seed": self.trial.seed, "state": "failed",
-                    "step": self._steps_done, "total_steps": total_steps(self.trial), "attempts": self.number,
-                    "weights_sha256": None, "metrics": {}, "error": line,
-                },
-            )  # fmt: skip
+        ours = isinstance(error, Exception) and not peer_lost(error) and not isinstance(error, checkpoint.Superseded)
+        try:
+            with self._resources:
+                if error is not None and ours and not self._ended:
+                    self._fail(error)
+        except OSError as lost:
+            if error is None:
+                raise
+            error.add_note(f"the record of this could not be written: {lost}")
+
+    def _fail(self, error: BaseException) -> None:
+        line = " ".join(traceback.format_exception_only(error)[-1].split())[:LINE]
+        self._journal.write(self._saved.steps_done, event="end", state="failed", error=line, rank=self.ranks.rank)
+        write_result(self.folder, self._result("failed", self._saved.steps_done, error=line))
 
 
 def _commit() -> str | None:

@@ -1,10 +1,13 @@
-"""Checkpoints: complete or absent, checked by hash, by parameter name, free of the world size.
+"""Checkpoints: complete or absent, checked by hash, by parameter name, free of backend and world size.
 
     checkpoints/step-N-attempt-K/model.pt  optimizer-RANK.pt ...  manifest.json
 
-N is the number of steps done. Each rank writes the optimizer state it owns; the folder takes its name, by one atomic
-rename, when every file is on disk and the manifest names them all with their SHA-256. Tensors are read with
-weights_only=True.
+N is the number of steps done. `model.pt` is the full state, name -> tensor. An optimizer file holds the state that its
+rank owns, {parameter name: {"start": int, key: tensor, ...}}: a 1-d tensor is the piece [start, start + numel) of that
+state of the flattened (C order) parameter, a 0-d tensor is whole. The pieces of all ranks tile each parameter.
+
+`Saving` writes in the background. The folder takes its name, by one atomic rename, when every file is on disk and the
+manifest names them all with their SHA-256. Tensors are read with weights_only=True.
 """
 
 from __future__ import annotations
@@ -15,18 +18,22 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
+from torch import Tensor
 
 from harness.config import BadInput
 from harness.dist import Ranks
+from harness.journal import Journal
 from harness.store import TrialFolder, write_atomically
 
 _NAME = re.compile(r"step-(\d+)-attempt-(\d+)")
-VERSION = 1
+_FILE = re.compile(r"model\.pt|optimizer-\d+\.pt")
+VERSION = 2
 
 
 class Superseded(RuntimeError):
@@ -46,64 +53,207 @@ class Saved:
         state: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
         return state
 
-    def optimizer_state(self) -> dict[str, dict[str, Any]]:
-        """{parameter name: {state key: tensor}} of all ranks that wrote it."""
-        merged: dict[str, dict[str, Any]] = {}
-        for name in sorted(n for n in self.manifest["files"] if n.startswith("optimizer-")):
-            merged.update(self.load(name))
-        return merged
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """{parameter name: {state key: tensor}}, merged from the pieces of all ranks.
+
+        1-d tensors are the state of the whole flattened parameter, 0-d tensors are as each piece had them. Raises
+        ValueError, with the parameter's name, where the pieces do not tile it or disagree on a 0-d tensor.
+        """
+        pieces: dict[str, list[dict[str, Any]]] = {}
+        for file in self.manifest["files"]:
+            if file.startswith("optimizer-"):
+                for name, piece in self.load(file).items():
+                    pieces.setdefault(name, []).append(piece)
+        weights = self.load("model.pt") if pieces else {}
+        return {name: _merged(name, found, weights[name].numel()) for name, found in pieces.items()}
 
 
-def save(
-    folder: TrialFolder, ranks: Ranks, trial_id: str, attempt: int, step: int, files: Mapping[str, dict[str, Any]], extra: dict[str, Any]
-) -> Path:
-    """Writes this rank's `files` ({file name: state}) and commits the checkpoint. Collective.
+def _merged(parameter: str, pieces: list[dict[str, Any]], elements: int) -> dict[str, Tensor]:
+    """The state of a parameter of so many elements."""
+    pieces = sorted(pieces, key=lambda piece: int(piece["start"]))
+    merged: dict[str, Tensor] = {}
+    for key in sorted({key for piece in pieces for key in piece} - {"start"}):
+        parts: list[tuple[int, Tensor]] = [(piece["start"], piece[key]) for piece in pieces if key in piece]
+        if parts[0][1].ndim == 0:
+            if any(not torch.equal(part, parts[0][1]) for _, part in parts):
+                values = [part.tolist() for _, part in parts]
+                raise ValueError(f"optimizer state {key} of {parameter}: {values} in its pieces, not one value")
+            merged[key] = parts[0][1]
+            continue
+        end = 0
+        for start, part in parts:
+            if start != end:
+                raise ValueError(f"optimizer state {key} of {parameter}: a piece starts at {start}, where the one before ends at {end}")
+            end += part.numel()
+        if end != elements:
+            raise ValueError(f"optimizer state {key} of {parameter}: its pieces end at {end} of {elements} elements")
+        merged[key] = torch.cat([part for _, part in parts])
+    return merged
 
-    Raises Superseded on every rank when a newer attempt exists; nothing is committed then.
+
+class Saving:
+    """One checkpoint on its way to disk, while training goes on.
+
+    Construction copies `files` ({file name: state}, this rank's live tensors) to CPU memory and starts a thread that
+    writes, syncs and hashes them; on every rank, `commit` then makes the checkpoint of all of them. No thread is
+    collective.
     """
-    final = folder.checkpoints / f"step-{step}-attempt-{attempt}"
-    partial = folder.checkpoints / f".{final.name}"
-    if ranks.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    written = {name: _write(partial / name, state) for name, state in files.items()}
-    gathered = ranks.gathered(written)
-    superseded = False
-    if ranks.rank == 0:
-        manifest = {
-            "version": VERSION, "trial_id": trial_id, "step": step, "attempt": attempt, "world_size": ranks.world_size,
-            "files": {name: entry for part in gathered for name, entry in part.items()}, **extra,
+
+    def __init__(
+        self,
+        folder: TrialFolder,
+        ranks: Ranks,
+        trial_id: str,
+        attempt: int,
+        step: int,
+        files: Mapping[str, dict[str, Any]],
+        extra: dict[str, Any],
+    ) -> None:
+        self._folder, self._ranks, self._attempt = folder, ranks, attempt
+        self._final = folder.checkpoints / f"step-{step}-attempt-{attempt}"
+        self._partial = folder.checkpoints / f".{self._final.name}"
+        self._head = {
+            "version": VERSION, "trial_id": trial_id, "step": step, "attempt": attempt, "world_size": ranks.world_size, **extra,
         }  # fmt: skip
-        write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-        superseded = folder.newest_attempt() > attempt
-        if not superseded:
-            _commit(partial, final)
-    if ranks.from_rank_0(superseded):
-        raise Superseded(f"trial {trial_id}: attempt {attempt} stops at step {step}, since a newer attempt has started")
-    return final
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[dict[str, Any]] = thread.submit(_write, self._partial, _copy(files))
+        thread.shutdown(wait=False)
+
+    def written(self) -> bool:
+        """Whether this rank's files are on disk, or have failed: `commit` will not wait for them."""
+        return self._writing.done()
+
+    def commit(self, journal: Journal) -> str | None:
+        """Waits for every rank's files and commits, after rank 0's journal is on disk. Collective.
+
+        What went wrong, the same on every rank, if the operating system could not write something (a full disk): nothing
+        is left of the checkpoint then. Raises Superseded on every rank when a newer attempt exists.
+        """
+        files: dict[str, Any] = {}
+        failure: str | None = None
+        try:
+            files = self._writing.result()
+        except OSError as error:
+            failure = f"rank {self._ranks.rank}: {_told(error)}"
+        parts = self._ranks.gathered((files, failure))
+        superseded = False
+        if self._ranks.rank == 0:
+            failure = "; ".join(failed for _, failed in parts if failed) or None
+            superseded = self._folder.newest_attempt() > self._attempt
+            if not failure and not superseded:
+                try:
+                    journal.sync()
+                    self._commit({name: entry for files, _ in parts for name, entry in files.items()})
+                except OSError as error:
+                    failure = _told(error)
+            if failure or superseded:
+                shutil.rmtree(self._partial, ignore_errors=True)
+        superseded, failure = self._ranks.from_rank_0((superseded, failure))
+        if superseded:
+            trial_id, step = self._head["trial_id"], self._head["step"]
+            raise Superseded(f"trial {trial_id}: attempt {self._attempt} stops at step {step}, since a newer attempt has started")
+        return failure
+
+    def _commit(self, files: dict[str, Any]) -> None:
+        write_atomically(self._partial / "manifest.json", _manifest(self._head | {"files": files}))
+        _sync(self._partial)
+        self._partial.rename(self._final)
+        _sync(self._final.parent)
+
+    def abandon(self) -> None:
+        """Ends the thread and removes what it wrote. For an attempt that fails; not collective."""
+        wait([self._writing])
+        shutil.rmtree(self._partial, ignore_errors=True)
 
 
-def _write(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    with open(path, "w+b") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+def _copy(state: Any) -> Any:
+    """The nested mapping with every tensor copied to CPU memory of its own."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: _copy(value) for key, value in state.items()}
+    return state
 
 
-def _commit(partial: Path, final: Path) -> None:
-    if final.exists():  # the same attempt saved this step before: a stop right after a scheduled save
-        shutil.rmtree(partial)
-        return
-    partial.rename(final)
-    parent = os.open(final.parent, os.O_RDONLY)
+def _write(folder: Path, files: dict[str, Any]) -> dict[str, Any]:
+    """Writes and syncs {file name: state}; {file name: {bytes, sha256}}. What is written of a file that fails is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, Any] = {}
     try:
-        os.fsync(parent)
+        for name, state in files.items():
+            with open(folder / name, "wb") as file:
+                hashed = _Hashed(file)
+                torch.save(state, cast(BinaryIO, hashed))
+                if hashed.error is not None:
+                    raise hashed.error
+                file.flush()
+                os.fsync(file.fileno())
+                entries[name] = {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
+    except OSError as error:
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, name) from None
+    return entries
+
+
+class _Hashed:
+    """A file for torch.save, which hashes what should be in it, not what can be read back.
+
+    An error is kept: torch.save would make a RuntimeError of its own out of it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None: ...
+
+
+def _told(error: BaseException) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+
+
+def _sync(folder: Path) -> None:
+    """The names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        os.close(parent)
+        os.close(handle)
+
+
+def _manifest(content: dict[str, Any]) -> str:
+    """The text of manifest.json: the content and its own hash."""
+    return json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's manifest; OSError or ValueError, saying what is wrong, if it is not as written."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    if not isinstance(manifest, dict):
+        raise ValueError("is not a mapping")
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"version {manifest.get('version')} is not {VERSION}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise ValueError("its content has changed")
+    for name in manifest["files"]:
+        if not _FILE.fullmatch(name):
+            raise ValueError(f"lists {name!r}, which is no file of a checkpoint")
+    return manifest
 
 
 def found(folder: TrialFolder) -> list[tuple[int, int, Path]]:
@@ -120,12 +270,12 @@ def newest(folder: TrialFolder, trial_id: str) -> tuple[Saved | None, list[str]]
     complaints: list[str] = []
     for step, attempt, path in found(folder):
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            damaged = next(_damage(path, manifest), None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            damaged = f"manifest.json: {error}"
-        if damaged:
-            complaints.append(f"checkpoint {path.name} is damaged ({damaged}); an older one is used")
+            manifest = _read_manifest(path)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            complaints.append(f"checkpoint {path.name} is damaged and passed over (manifest.json: {_told(error)})")
+            continue
+        if damaged := next(_damage(path, manifest["files"]), None):
+            complaints.append(f"checkpoint {path.name} is damaged and passed over ({damaged})")
             continue
         if manifest["trial_id"] != trial_id:
             raise BadInput(f"{path}: is a checkpoint of trial {manifest['trial_id']}, not of {trial_id}")
@@ -135,25 +285,30 @@ def newest(folder: TrialFolder, trial_id: str) -> tuple[Saved | None, list[str]]
 
 def at(path: Path) -> Saved:
     """A checkpoint that `newest` has checked, as another rank reads it."""
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = _read_manifest(path)
     return Saved(path, manifest["step"], manifest["attempt"], manifest)
 
 
-def _damage(path: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    if manifest["version"] != VERSION:
-        yield f"version {manifest['version']} is not {VERSION}"
-    for name, entry in manifest["files"].items():
-        with open(path / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                yield f"{name}: its bytes have changed"
+def _damage(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str]:
+    for name, entry in files.items():
+        try:
+            with open(path / name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != entry["bytes"]:
+                    yield f"{name}: {size} bytes, not {entry['bytes']}"
+                elif hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    yield f"{name}: its bytes have changed"
+        except OSError as error:
+            yield f"{name}: {error.strerror}"
 
 
-def tidy(folder: TrialFolder, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what unfinished saves left behind. For rank 0, between saves."""
+def tidy(folder: TrialFolder, keep: int, attempt: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and what attempts before this one left unfinished. For rank 0."""
     for _, _, path in found(folder)[keep:]:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.checkpoints.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if (name := _NAME.fullmatch(path.name[1:])) and int(name[2]) < attempt:  # this attempt's may be being written
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:

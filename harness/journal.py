@@ -4,26 +4,33 @@ A line is one JSON object with trial, attempt, step and timestamp (milliseconds 
 either `metrics` or an `event`:
 
     start       attempt begins: resumed_from (steps already done), total_steps, world_size, host, pid, ...
-    checkpoint  step = steps done; everything before that step is final
+    checkpoint  step = steps done; everything before that step is final. stall_seconds: how long the loop stood still for
+                it; step_seconds: the mean step since the save before, to hold it against
     warning     message
     stop        the attempt was told to stop and saved itself; the trial is interrupted
     end         state: finished | failed | diverged, error
 
 `step` is the 0-based optimizer step of the CONTRACT; an evaluation stands at the last step it follows. Lines are
-written whole, in one write to a file opened for appending, so several processes may append. A later attempt repeats
-the steps after the checkpoint it started from: `fold` keeps exactly one value a (metric, step).
+written whole, in one write to a file opened for appending, so several processes may append. Lines for which the disk
+has no room wait in memory. A later attempt repeats the steps after the checkpoint it started from: `fold` keeps exactly
+one value a (metric, step).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""of a full disk, a quota, a limit on the size of files"""
 
 
 class Journal:
@@ -31,22 +38,46 @@ class Journal:
 
     def __init__(self, path: Path, trial_id: str, attempt: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         self._stamp = {"trial": trial_id, "attempt": attempt}
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")  # a line torn by a power cut must not swallow the next one
+        self._waiting: deque[bytes] = deque()
 
     def write(self, step: int, **fields: Any) -> None:
+        """Appends a line. Without room on the disk it is kept, and written before the next one."""
         line = {**self._stamp, "step": step, "timestamp": time.time_ns() // 1_000_000, **fields}
-        os.write(self._file, (json.dumps(line, separators=(",", ":")) + "\n").encode())
+        self._waiting.append(json.dumps(line, separators=(",", ":")).encode())
+        try:
+            self._append()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+
+    def _append(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            # A line torn by a full disk or a power cut must not swallow this one. It is left as it is: other processes
+            # may have written behind it.
+            size = os.fstat(self._file).st_size
+            start = b"\n" if size and os.pread(self._file, 1, size - 1) != b"\n" else b""
+            if os.write(self._file, start + line + b"\n") >= len(start + line):  # only the end of the line may be missing
+                self._waiting.popleft()
 
     def sync(self) -> None:
-        """Everything written so far survives a power cut."""
+        """Everything written so far survives a power cut. Raises OSError if lines still wait for room on the disk."""
+        try:
+            self._append()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: {len(self._waiting)} line(s) wait to be written", str(self._path)) from None
         os.fsync(self._file)
 
     def close(self) -> None:
-        os.close(self._file)
+        """Raises OSError, and is closed, if lines still wait for room on the disk: they are lost then."""
+        try:
+            if self._waiting:
+                self.sync()
+        finally:
+            os.close(self._file)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -49,13 +49,17 @@ def train(trial: Trial, store: Store) -> dict[str, Any]:
 
             stopping = False
             if done % trial.evaluation.log_every_steps == 0 or done in evaluations | saves:
-                loss, stops = ranks.sums([float(result.loss) / ranks.world_size, float(stop.signal is not None)])
+                own = [float(result.loss) / ranks.world_size, float(stop.signal is not None), float(attempt.written())]
+                loss, stops, written = ranks.sums(own)
                 stopping = stops > 0
                 now = {"schedule/lr": lr, "schedule/eta": eta, "schedule/weight_decay": lam, "schedule/cycle": cycle}
                 now |= {"epoch": done / steps_per_epoch(trial), "train/loss": loss}
                 attempt.log(step, now | {"time/train_seconds": clock.seconds(), "data/wait_fraction": clock.wait_fraction()})
                 if not math.isfinite(loss):
                     return attempt.end("diverged", done, None, f"train/loss is {loss} at step {step}")
+                if written == ranks.world_size:
+                    with clock.stopped():
+                        attempt.commit()
             if done in evaluations:
                 with clock.stopped():
                     measured = _evaluate(trial, worker, data, ranks) | attempt.substitutions(step, data.substituted)
