@@ -49,8 +49,9 @@ class Saved:
     attempt: int
     manifest: dict[str, Any]
 
-    def load(self, name: str) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(self.path / name, map_location="cpu", weights_only=True)
+    def load(self, name: str, device: str = "cpu") -> dict[str, Any]:
+        """One file's state. On the device "meta" no data are read."""
+        state: dict[str, Any] = torch.load(self.path / name, map_location=device, weights_only=True)
         return state
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
@@ -64,7 +65,7 @@ class Saved:
             if file.startswith("optimizer-"):
                 for name, piece in self.load(file).items():
                     pieces.setdefault(name, []).append(piece)
-        weights = self.load("model.pt") if pieces else {}
+        weights = self.load("model.pt", "meta")
         return {name: _merged(name, found, weights[name].numel()) for name, found in pieces.items()}
 
 
@@ -161,9 +162,10 @@ class Saving:
         _sync(self._final.parent)
 
     def abandon(self) -> None:
-        """Ends the thread and removes what it wrote. For an attempt that fails; not collective."""
+        """Waits for the thread and leaves the checkpoint. For an attempt that fails; not collective."""
         wait([self._writing])
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if self._ranks.rank == 0:  # another rank cannot know that rank 0 is not committing just now
+            shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def _copy(state: Any) -> Any:
@@ -176,7 +178,7 @@ def _copy(state: Any) -> Any:
 
 
 def _write(folder: Path, files: dict[str, Any]) -> dict[str, Any]:
-    """Writes and syncs {file name: state}; {file name: {bytes, sha256}}. What is written of a file that fails is removed."""
+    """Writes and syncs {file name: state}; {file name: {bytes, sha256}}. Of files of which one fails none is left."""
     folder.mkdir(parents=True, exist_ok=True)
     entries: dict[str, Any] = {}
     try:
@@ -190,8 +192,8 @@ def _write(folder: Path, files: dict[str, Any]) -> dict[str, Any]:
                 os.fsync(file.fileno())
                 entries[name] = {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
     except OSError as error:
-        for name in files:
-            (folder / name).unlink(missing_ok=True)
+        for begun in files:
+            (folder / begun).unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, name) from None
     return entries
 
@@ -199,7 +201,7 @@ def _write(folder: Path, files: dict[str, Any]) -> dict[str, Any]:
 class _Hashed:
     """A file for torch.save, which hashes what should be in it, not what can be read back.
 
-    An error is kept: torch.save would make a RuntimeError of its own out of it.
+    An error is kept, and nothing written after it: torch.save would make a RuntimeError of its own out of it.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -211,16 +213,16 @@ class _Hashed:
         if self.error is None:
             try:
                 self._file.write(data)
+                self.sha256.update(data)
             except OSError as error:
                 self.error = error
-        self.sha256.update(data)
         return len(data)
 
     def flush(self) -> None: ...
 
 
-def _told(error: BaseException) -> str:
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+def _told(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _sync(folder: Path) -> None:
@@ -272,7 +274,8 @@ def newest(folder: TrialFolder, trial_id: str) -> tuple[Saved | None, list[str]]
         try:
             manifest = _read_manifest(path)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            complaints.append(f"checkpoint {path.name} is damaged and passed over (manifest.json: {_told(error)})")
+            what = error.strerror if isinstance(error, OSError) else error
+            complaints.append(f"checkpoint {path.name} is damaged and passed over (manifest.json: {what})")
             continue
         if damaged := next(_damage(path, manifest["files"]), None):
             complaints.append(f"checkpoint {path.name} is damaged and passed over ({damaged})")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from harness import journal
 from harness.journal import Journal, Record
+from tests.disk import no_room_beyond
 
 Line = dict[str, Any]
 
@@ -173,33 +174,43 @@ def lives(draw: st.DrawFn) -> bytes:
         clock += 1
         text.append(json.dumps(line(attempt, step, clock, **fields)).encode() + b"\n")
 
+    def commit(attempt: int, steps: int) -> None:
+        saved.add(steps)
+        write(attempt, steps, event="checkpoint")
+
     attempts = draw(st.integers(1, 5))
     for attempt in range(1, attempts + 1):
         last = attempt == attempts
         step = draw(st.sampled_from(sorted(saved))) if draw(st.booleans()) else max(saved)
-        saved = {steps for steps in saved if steps <= step}  # those after it are damaged
+        saved.intersection_update(range(step + 1))  # those after it are damaged
         write(attempt, step, event="start", resumed_from=step)
         every = draw(st.integers(1, 5))
+        writing = 0  # steps done of the save under way; 0: none
+
         until = TOTAL if last else draw(st.integers(step, TOTAL))
         for now in range(step, until):
             if attempt > 1 and draw(st.booleans()):  # the attempt before is still alive somewhere
                 write(attempt - 1, draw(st.integers(0, TOTAL - 1)), metrics={"train/loss": -1.0})
                 write(attempt - 1, TOTAL, event=draw(st.sampled_from(["checkpoint", "stop"])))
             write(attempt, now, metrics=metrics_at(now))
-            if (now + 1) % every == 0:
-                saved.add(now + 1)
-                if last or now + 1 < until or draw(st.booleans()):  # else killed between the checkpoint and its line
-                    write(attempt, now + 1, event="checkpoint")
+            if writing and ((now + 1) % every == 0 or draw(st.booleans())):
+                commit(attempt, writing)
+                writing = 0
+            if (now + 1) % every == 0 and draw(st.booleans()):  # else the disk is full
+                writing = now + 1
+        death = "none" if last else draw(st.sampled_from(["killed", "killed committing", "torn", "stopped", "failed"]))
+        if writing and death in ("none", "stopped"):
+            commit(attempt, writing)
+        if writing and death == "killed committing":  # between the checkpoint and its line
+            saved.add(writing)
         if last:
             write(attempt, TOTAL - 1, event="end", state="finished", error=None)
             break
-        death = draw(st.sampled_from(["killed", "torn", "stopped", "failed"]))
         if death == "torn":
             whole = json.dumps(line(attempt, until, clock, metrics={"train/loss": -1.0})).encode()
             text.append(whole[: draw(st.integers(1, len(whole) - 1))] + b"\n")  # the next attempt's Journal ends the line
         elif death == "stopped":
-            saved.add(until)
-            write(attempt, until, event="checkpoint")
+            commit(attempt, until)
             write(attempt, until, event="stop")
         elif death == "failed":
             write(attempt, until, event="end", state="failed", error="boom")
@@ -287,5 +298,49 @@ def test_several_processes_append_whole_lines(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
     lines = list(journal.read(path))
-    assert len(lines) == len(path.read_bytes().splitlines()) == 1200
+    assert len(lines) == len([raw for raw in path.read_bytes().splitlines() if raw]) == 1200
     assert all([entry["step"] for entry in lines if entry["attempt"] == a] == list(range(300)) for a in range(1, 5))
+
+
+# --------------------------------------------------------------------------------------------- no room on the disk
+
+
+def test_lines_without_room_wait_in_order_and_whole(tmp_path: Path) -> None:
+    """The disk is full after any number of bytes of a line, its end included."""
+    path = tmp_path / "journal.jsonl"
+    book = Journal(path, "t", 1)
+    step = 0
+    for room in range(70):
+        book.write(step, event="warning", message=f"{step:03}")
+        with no_room_beyond(path.stat().st_size + room):
+            book.write(step + 1, event="warning", message=f"{step + 1:03}")
+            book.write(step + 2, event="warning", message=f"{step + 2:03}")
+        step += 3
+    book.write(step, event="warning", message=f"{step:03}")
+    book.close()
+    assert read(path).warnings == [f"{i:03}" for i in range(step + 1)]
+
+
+def test_a_line_of_another_process_is_not_swallowed_by_one_without_room(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    book, other = Journal(path, "t", 1), Journal(path, "t", 1)
+    book.write(0, event="warning", message="first")
+    with no_room_beyond(path.stat().st_size + 20):
+        book.write(1, event="warning", message="second")
+    assert not path.read_bytes().endswith(b"\n")
+    other.write(2, event="warning", message="other")
+    book.write(3, event="warning", message="third")
+    assert read(path).warnings == ["first", "other", "second", "third"]
+
+
+def test_lines_that_never_found_room_are_an_error_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    book = Journal(path, "t", 1)
+    with no_room_beyond(0):
+        book.write(0, event="start", resumed_from=0)
+        book.write(0, metrics={"train/loss": 1.0})
+        with pytest.raises(OSError, match=r"File too large: 2 line\(s\) wait to be written"):
+            book.sync()
+        with pytest.raises(OSError, match=r"2 line\(s\) wait"):
+            book.close()
+    assert read(path) == Record()
