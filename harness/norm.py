@@ -39,13 +39,14 @@ class BatchNorm(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    momentum: float
 
     def __init__(self, num_features: int, norm_batch_size: int | None = None) -> None:
         super().__init__(num_features)
         self.norm_batch_size = norm_batch_size
         self.collected = torch.zeros(3, num_features, dtype=torch.float64)
         """sums over the groups since the last update of their means, their unbiased variances, and 1.
-        No buffer: DDP overwrites every rank's buffers with rank 0's"""
+        No buffer: it stays float64 whatever the model's dtype, and DDP may give every rank the buffers of rank 0"""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -93,7 +94,7 @@ def update_running_statistics(model: nn.Module, ranks: Ranks) -> None:
     by_layer = torch.cat([means, any_group]).split([layer.num_features for layer in layers], dim=1)
     for layer, found in zip(layers, by_layer, strict=True):
         mean, var, seen = found.to(layer.running_mean.dtype)
-        momentum = (layer.momentum or 0.0) * seen
+        momentum = layer.momentum * seen
         layer.running_mean.lerp_(mean, momentum)
         layer.running_var.lerp_(var, momentum)
         layer.num_batches_tracked.add_(1)
