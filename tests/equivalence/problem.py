@@ -138,7 +138,7 @@ class State(NamedTuple):
     running: dict[str, np.ndarray]
     """running means and variances"""
     moments: dict[str, np.ndarray]
-    """parameter name/key of torch's optimizer"""
+    """parameter name/key of torch's optimizer, flattened"""
 
 
 def distance(ours: dict[str, np.ndarray], control: dict[str, np.ndarray]) -> float:

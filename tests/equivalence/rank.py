@@ -19,6 +19,7 @@ from harness import checkpoint, engine, models, optim
 from harness.config import Trial
 from harness.data.order import share
 from harness.dist import Ranks, joined
+from harness.journal import Journal
 from harness.schedule import schedule
 from harness.store import TrialFolder
 from tests.equivalence import control
@@ -108,6 +109,7 @@ class EngineRun:
     def execute(self, ranks: Ranks, root: Path) -> Measured:
         digits, folder = Digits.read(root), trial_folder(root, self.name)
         replay = Replay(np.load(tape(root, self.replayed.arm), mmap_mode="r"), ranks) if self.replayed else None
+        saving: checkpoint.Saving | None = None  # committed later: training goes on meanwhile
         with replay.installed(self.trial.workload.model.name) if replay else nullcontext():
             worker = engine.build(self.trial, ranks)
             if self.source is not None:
@@ -123,7 +125,9 @@ class EngineRun:
                 lr, weight_decay = optim.hyperparameters(self.trial.optimizer, self.trial.decay, eta, lam)
                 worker.train_step(images, labels, lr=lr, weight_decay=weight_decay)
                 if step + 1 in (*self.saves, self.stop):
-                    checkpoint.save(folder, ranks, self.trial.trial_id, 1, step + 1, worker.save(), {})
+                    self._commit(saving, folder)
+                    saving = checkpoint.Saving(folder, ranks, self.trial.trial_id, 1, step + 1, worker.save(), {})
+        self._commit(saving, folder)
         network = worker.evaluation_model()
         if ranks.rank != 0:
             return Measured(None, [])
@@ -131,17 +135,17 @@ class EngineRun:
         unlike = sorted(name for name, value in network.state_dict().items() if not torch.equal(value.cpu(), stored[name]))
         return Measured(None if replay else control.evaluate(network, digits, ranks.device, raw=True), unlike)
 
+    def _commit(self, saving: checkpoint.Saving | None, folder: TrialFolder) -> None:
+        if saving is not None:
+            failure = saving.commit(Journal(folder.journal, self.trial.trial_id, 1))
+            assert failure is None, failure
+
     @staticmethod
     def _share(array: np.ndarray, ranks: Ranks) -> np.ndarray:
         return array[share(np.arange(len(array)), ranks.rank, ranks.world_size)]
 
 
 Run = ControlRun | EngineRun
-
-
-def install_reference_model() -> None:
-    """Makes models.build give the control's layers, with harness.norm's batch norm."""
-    models.BUILDERS["mnist5k_cnn_bn"] = lambda data, norm: control.layers(norm)
 
 
 def tape(root: Path, arm: str) -> Path:
@@ -240,7 +244,6 @@ def work(env: Mapping[str, str], runs: Sequence[Run], root: Path, connection: Co
         os.dup2(file.fileno(), 2)
     os.environ.update(env)
     torch.set_num_threads(1)
-    install_reference_model()
     name = runs[0].name
     try:
         with joined(TIMEOUT_SECONDS) as ranks:

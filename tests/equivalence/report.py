@@ -20,7 +20,7 @@ from harness import models
 from tests.equivalence import groups
 from tests.equivalence.cells import Cell, Results, Row
 from tests.equivalence.problem import ARMS, BACKENDS, Course, Digits, make
-from tests.equivalence.rank import Run, install_reference_model
+from tests.equivalence.rank import Run
 
 
 def worlds(device: str) -> tuple[int, ...]:
@@ -41,13 +41,8 @@ def rows(cells: Sequence[Cell], course: Course, device: str = "cpu", progress: b
 
 
 def _initial(course: Course) -> dict[str, torch.Tensor]:
-    before = dict(models.BUILDERS)
-    install_reference_model()
-    try:
-        trial = make(course, next(iter(ARMS)), BACKENDS[0])
-        return models.build(trial.workload, trial.seed).state_dict()
-    finally:
-        models.BUILDERS.update(before)
+    trial = make(course, next(iter(ARMS)), BACKENDS[0])
+    return models.build(trial.workload, trial.seed).state_dict()
 
 
 class _Progress:
