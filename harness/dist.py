@@ -9,6 +9,7 @@ import atexit
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,15 @@ _groups: list[td.ProcessGroup | None] = []
 """Groups outlive whoever uses them. DDP's reducer must not hold the last reference: it would wait for gloo's threads
 without letting go of the interpreter, which a gloo thread that frees a tensor waits for in turn, and the rank would hang
 at its end for ever. References held here are dropped at exit, where the interpreter is let go of."""
-atexit.register(_groups.clear)
+
+
+@atexit.register
+def _drain() -> None:
+    """Lets gloo's threads free the tensors of their last collectives, wherever a group is still held (DeepSpeed holds one):
+    a thread that asks for the interpreter once it is being taken down aborts the process."""
+    if _groups:
+        _groups.clear()
+        time.sleep(0.1)
 
 
 @contextmanager
@@ -101,6 +110,7 @@ def ensure_group(ranks: Ranks, timeout_seconds: int) -> None:
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         store = td.HashStore()  # type: ignore[attr-defined]
         td.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout_seconds))
+        _groups.append(td.group.WORLD)
 
 
 def peer_lost(error: BaseException) -> bool:
