@@ -61,6 +61,9 @@ def test_a_trial_learns_and_its_record_is_whole(tmp_path: Path, mnist5k: Path) -
     assert points["anytime/holdout_top1", 69] == points["holdout/top1", 34]
     assert 0 < points["weights/update_ratio", 104] < points["weights/update_ratio", 34] < 1
     assert folder.state().state == "finished"
+    lines = [(line.get("event", "metrics"), line["step"]) for line in journal.read(folder.journal)]
+    before_the_next_save = [lines.index(("checkpoint", done)) < lines.index(("metrics", done + 34)) for done in (35, 70)]
+    assert any(before_the_next_save), "committed while training went on"
     assert train(t, store)["attempts"] == 1, "a finished trial is not trained again"
 
 
