@@ -278,15 +278,19 @@ class Supported:
     offload: tuple[int, ...] = ()
     """stages that can keep optimizer state in host memory"""
 
+    compiled: tuple[int, ...] = ()
+    """stages that gain from torch.compile"""
+
     def __str__(self) -> str:
         offload = f"; offload_optimizer with {', '.join(map(str, self.offload))}" if self.offload else ""
-        return f"zero_stage {', '.join(map(str, self.stages))} ({', '.join(self.precisions)}{offload})"
+        compiled = f"; compile with {', '.join(map(str, self.compiled))}" if self.compiled != self.stages else ""
+        return f"zero_stage {', '.join(map(str, self.stages))} ({', '.join(self.precisions)}{offload}{compiled})"
 
 
 SUPPORTED = {
-    "ddp": Supported((0, 1), ("fp32", "bf16", "fp64")),
-    "deepspeed": Supported((0, 1, 2, 3), ("fp32", "bf16"), offload=(1, 2, 3)),  # its partitions are fp32
-    "fsdp": Supported((2, 3), ("fp32", "bf16", "fp64")),
+    "ddp": Supported((0, 1), ("fp32", "bf16", "fp64"), compiled=(0, 1)),
+    "deepspeed": Supported((0, 1, 2, 3), ("fp32", "bf16"), offload=(1, 2, 3), compiled=(0, 1, 2)),  # its partitions are fp32
+    "fsdp": Supported((2, 3), ("fp32", "bf16", "fp64"), compiled=(2, 3)),
 }
 _ALL_SUPPORTED = "; ".join(f"{name} {what}" for name, what in SUPPORTED.items())
 
@@ -327,6 +331,11 @@ class Backend(Frozen):
             raise ValueError(
                 f"offload_optimizer: true is not supported by {self.name} zero_stage {self.zero_stage}, whose optimizer state "
                 f"stays beside the weights; supported: {_ALL_SUPPORTED}"
+            )
+        if self.compile and self.zero_stage not in can.compiled:
+            raise ValueError(
+                f"compile: true is not supported by {self.name} zero_stage {self.zero_stage}, whose hooks break the graph at every "
+                f"layer; supported: {_ALL_SUPPORTED}"
             )
         return self
 

@@ -41,7 +41,7 @@ def bare(trial: Trial) -> list[float]:
     td.init_process_group("gloo", init_method=os.environ["WRBENCH_RENDEZVOUS"], rank=rank, world_size=world)
     data = loader.open_data(trial.workload.data)
     batches = list(loader.train_batches(data, trial, rank, world, 0, total_steps(trial)))
-    model = DistributedDataParallel(models.build(trial.workload.model, trial.workload.data, trial.seed), gradient_as_bucket_view=True)
+    model = DistributedDataParallel(models.build(trial.workload, trial.seed), gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=trial.optimizer.lr, weight_decay=0.01, fused=True)
     ends = []
     for images, labels in batches:

@@ -15,7 +15,7 @@ from tests.trials import trial
 
 SUPPORTED = (
     "supported: ddp zero_stage 0, 1 (fp32, bf16, fp64); "
-    "deepspeed zero_stage 0, 1, 2, 3 (fp32, bf16; offload_optimizer with 1, 2, 3); fsdp zero_stage 2, 3 (fp32, bf16, fp64)"
+    "deepspeed zero_stage 0, 1, 2, 3 (fp32, bf16; offload_optimizer with 1, 2, 3; compile with 0, 1, 2); fsdp zero_stage 2, 3 (fp32, bf16, fp64)"
 )
 
 
@@ -49,6 +49,10 @@ SUPPORTED = (
         (
             {"backend": {"name": "deepspeed", "offload_optimizer": True}},
             "backend.offload_optimizer: true is not supported by deepspeed zero_stage 0",
+        ),
+        (
+            {"backend": {"name": "deepspeed", "zero_stage": 3, "compile": True}},
+            "backend.compile: true is not supported by deepspeed zero_stage 3, whose",
         ),
         (
             {"backend": {"name": "deepspeed"}, "recipe": {"precision": "fp64"}},
