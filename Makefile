@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test unit lint integration bench clean
+.PHONY: setup demo test unit lint integration bench equivalence clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.installed
@@ -47,6 +47,9 @@ integration: setup
 
 bench: setup data/mnist5k
 	@$(BIN)/python -m tests.benchmarks.bench
+
+equivalence: setup
+	@$(BIN)/python -m tests.equivalence
 
 clean:
 	rm -rf .venv build

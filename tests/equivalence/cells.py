@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness.config import BadInput
 from tests.equivalence.control import Outcome
@@ -16,15 +17,15 @@ from tests.equivalence.problem import (
     BACKENDS,
     CLIP_NORM,
     EVALUATED,
+    FURTHER,
     MOVED,
-    OFFLOADED,
     Backend,
     Course,
     State,
     distance,
     make,
 )
-from tests.equivalence.rank import ControlRun, EngineRun, Failed, Measured, Run, saved, state, trial_folder
+from tests.equivalence.rank import ControlRun, EngineRun, Failed, Run, saved, state, trial_folder
 
 FP32_LIMITS = (1e-6, 1e-5)
 """a limit is ten times what another order of summation does to the control, but at least and at most these"""
@@ -62,7 +63,7 @@ class Results:
     """What the runs left behind."""
 
     def __init__(self, found: Mapping[str, Any], root: Path, course: Course) -> None:
-        self._found, self._root, self._course = found, root, course
+        self._found, self._root, self.course = found, root, course
         self._states: dict[tuple[str, int], State] = {}
 
     def of(self, run: Run) -> Any:
@@ -79,16 +80,16 @@ class Results:
         return self._states[key]
 
     def control(self, arm: str) -> State:
-        outcome: Outcome = self.of(control_run(self._course, arm))
-        return outcome.states[self._course.steps]
+        outcome: Outcome = self.of(control_run(self.course, arm))
+        return outcome.states[self.course.steps]
 
     def limit(self, arm: str, part: str = "weights") -> float:
         low, high = FP32_LIMITS
         return min(high, max(low, 10 * self.reordered(arm, part)))
 
     def reordered(self, arm: str, part: str = "weights") -> float:
-        other: Outcome = self.of(control_run(self._course, arm, reverse=True))
-        return distance(getattr(other.states[self._course.steps], part), getattr(self.control(arm), part))
+        other: Outcome = self.of(control_run(self.course, arm, reverse=True))
+        return distance(getattr(other.states[self.course.steps], part), getattr(self.control(arm), part))
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,10 @@ def resumed(course: Course, source: EngineRun, backend: Backend, arm: str, world
 
 
 def reordered(arm: str, results: Results, name: str) -> Row:
-    clipped = results.of(control_run(results._course, arm)).clipped
+    clipped = results.of(control_run(results.course, arm)).clipped
     parts = ", ".join(f"{part} {results.reordered(arm, part):.1e}" for part in ("running", "moments"))
-    note = f"{parts}; clipped in {clipped} of {results._course.steps} steps"
-    return within(name, results.reordered(arm), FP32_LIMITS[1], note, ok=0 < clipped < results._course.steps)
+    note = f"{parts}; clipped in {clipped} of {results.course.steps} steps"
+    return within(name, results.reordered(arm), FP32_LIMITS[1], note, ok=0 < clipped < results.course.steps)
 
 
 def equal(run: EngineRun, arm: str, results: Results, name: str) -> Row:
@@ -193,19 +194,23 @@ def moved(source: EngineRun, target: EngineRun, arm: str, bits: bool, results: R
     return within(name, figures["weights"], limits["weights"], note + ("; bit-equal" if bits and ok else ""), ok)
 
 
-def evaluated_loss(runs: Sequence[EngineRun], results: Results, name: str) -> Row:
-    losses = {run.world: results.of(run).evaluation.loss for run in runs}
-    note = ", ".join(f"world {world}: {loss:.6f}" for world, loss in losses.items())
+def evaluated_loss(runs: Sequence[Run], results: Results, name: str) -> Row:
+    """The largest difference between any two: the control and the same steps at each world size."""
+    losses = {run.name.rpartition(", ")[2]: results.of(run).evaluation.loss for run in runs[1:]}
+    losses["control"] = results.of(runs[0]).evaluation.loss
+    note = ", ".join(f"{who} {loss:.6f}" for who, loss in losses.items())
     return within(name, max(losses.values()) - min(losses.values()), LOSS_LIMIT, note)
 
 
-def evaluated_predictions(runs: Sequence[EngineRun], results: Results, name: str) -> Row:
-    first, *rest = (results.of(run).evaluation.predictions for run in runs)
-    unequal = max((int((first != other).sum()) for other in rest), default=0)
+def evaluated_predictions(runs: Sequence[Run], results: Results, name: str) -> Row:
+    """The largest share of digits that any two predict differently."""
+    found = [results.of(run).evaluation.predictions for run in runs]
+    unequal = max(int((a != b).sum()) for a, b in itertools.combinations(found, 2))
     return within(name, unequal / EVALUATED, PREDICTION_LIMIT, f"{unequal} of {EVALUATED} digits")
 
 
-def saved_is_evaluated(runs: Sequence[EngineRun], results: Results, name: str) -> Row:
+def saved_is_evaluated(runs: Sequence[Run], results: Results, name: str) -> Row:
+    runs = [run for run in runs if isinstance(run, EngineRun)]
     unlike = {entry for run in runs for entry in results.of(run).unlike}
     return within(name, float(len(unlike)), 0.0, f"weights and buffers, {len(runs)} runs; {', '.join(sorted(unlike)) or 'bit-equal'}")
 
@@ -243,8 +248,8 @@ def _arms(course: Course, two: int, worlds: Worlds, device: str) -> Cells:
 
 
 def _fp32(course: Course, two: int, worlds: Worlds, device: str) -> Cells:
-    for backend in (*BACKENDS, *OFFLOADED):
-        for arm in MOVED if backend.offload else ARMS:
+    for backend in (*BACKENDS, *FURTHER):
+        for arm in MOVED if backend in FURTHER else ARMS:
 
             def build(backend: Backend = backend, arm: str = arm) -> Any:
                 run = whole(course, backend, arm, two)
@@ -274,19 +279,19 @@ def _power(course: Course, two: int, worlds: Worlds, device: str) -> Cells:
     """Mistakes made on purpose, through the plainest engine."""
     ddp, first = BACKENDS[0], course.restart
     for arm in MOVED:
-        right, undisturbed = make(course, arm, ddp), whole(course, ddp, arm, two)
-        mistakes: dict[str, dict[str, Any]] = {
-            "stale lambda on the first step after a restart": {"stale": {first: first - 1}},
-            "stale lambda after a resume on a restart": {"stale": {first: first - 1}, "start": first, "source": undisturbed.name},
-            "a restart whose decay is not recomputed": {"stale": {step: first - 1 for step in range(first, course.steps)}},
-            "decay on the exempt group": {"trial": make(course, arm, ddp, exempt_1d=False)},
-            "clip norm 10 % too large": {"trial": make(course, arm, ddp, clip_norm=1.1 * CLIP_NORM)},
+        right = whole(course, ddp, arm, two)
+        once = {first: first - 1}
+        mistakes = {
+            "stale lambda on the first step after a restart": replace(right, stale=once),
+            "stale lambda after a resume on a restart": replace(right, stale=once, start=first, source=right.name),
+            "a restart whose decay is not recomputed": replace(right, stale={step: first - 1 for step in range(first, course.steps)}),
+            "decay on the exempt group": replace(right, trial=make(course, arm, ddp, exempt_1d=False)),
+            "clip norm 10 % too large": replace(right, trial=make(course, arm, ddp, clip_norm=1.1 * CLIP_NORM)),
         }
-        for mistake, change in mistakes.items():
+        for mistake, wrong in mistakes.items():
             name = f"mistake: {mistake}, {arm}"
-            run = EngineRun(**({"name": name, "trial": right, "course": course, "world": two, "stop": course.steps} | change))
-            sources = (undisturbed,) if run.source else ()
-            yield Cell(name, (*controls(course, arm, device), *sources, run), partial(exceeding, run, arm))
+            run = replace(wrong, name=name, saves=())
+            yield Cell(name, (*controls(course, arm, device), *([right] if run.source else []), run), partial(exceeding, run, arm))
 
 
 def _moves(course: Course, two: int, worlds: Worlds, device: str) -> Cells:
@@ -304,10 +309,9 @@ def _moves(course: Course, two: int, worlds: Worlds, device: str) -> Cells:
                 yield _cell(f"{backend} saved at world {w}, resumed at {v}, {arm}", build)
     for arm in MOVED:
         source = whole(course, BACKENDS[0], arm, two)
-        right = EngineRun(
-            f"{source.name} at a restart", source.trial, course, two, course.steps, start=course.restart, source=source.name
-        )
-        yield Cell(f"ddp 0 resumed on a restart, {arm}", (*controls(course, arm, device), source, right), partial(moved, source, right, arm, True))
+        right = replace(source, name=f"{source.name} on a restart", start=course.restart, source=source.name, saves=())
+        runs = (*controls(course, arm, device), source, right)
+        yield Cell(f"ddp 0 resumed on a restart, {arm}", runs, partial(moved, source, right, arm, True))
 
 
 def _between_backends(course: Course, two: int, worlds: Worlds, device: str) -> Cells:
@@ -331,7 +335,7 @@ def _evaluation(course: Course, two: int, worlds: Worlds, device: str) -> Cells:
             for what, judge in judges.items():
 
                 def build(backend: Backend = backend, arm: str = arm, judge: Any = judge) -> Any:
-                    runs = [whole(course, backend, arm, world) for world in worlds]
+                    runs = [control_run(course, arm, device=device), *(whole(course, backend, arm, world) for world in worlds)]
                     return runs, partial(judge, runs)
 
                 yield _cell(f"{backend} evaluated at worlds {', '.join(map(str, worlds))}: {what}, {arm}", build)

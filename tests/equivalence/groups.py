@@ -15,7 +15,7 @@ from tests.equivalence.rank import Failed, Run, work
 
 SECONDS_A_RUN = 150
 """without a result, before a group is given up"""
-PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.optim", "tests.equivalence.rank", "deepspeed"]
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.optim", "harness.train", "tests.equivalence.rank", "deepspeed"]
 
 
 def preload() -> None:
@@ -71,7 +71,9 @@ class Group:
             self.connections.remove(connection)
             rank = self._processes[self._pipes.index(connection)]
             rank.join(5)
-            return ("", None) if rank.exitcode == 0 else (self.runs[0].name, Failed(f"a rank died, exit code {rank.exitcode}{self._tail()}"))
+            return (
+                ("", None) if rank.exitcode == 0 else (self.runs[0].name, Failed(f"a rank died, exit code {rank.exitcode}{self._tail()}"))
+            )
         return name, result
 
     def _reason(self, first: Failed) -> Failed:

@@ -26,7 +26,7 @@ ADAM = {"name": "adam", "lr": 0.002}
 L2 = {"name": "l2", "weight_decay": 0.01, "exempt_1d": True}
 RAW = {"name": "decoupled", "weight_decay": 0.002, "exempt_1d": True}
 NORMALISED = {"name": "decoupled", "weight_decay": 0.05, "normalised": True, "exempt_1d": True}
-ARMS = {
+ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "SGD-L2": (SGD, L2),
     "SGDW raw": (SGD, RAW),
     "SGDW normalised": (SGD, NORMALISED),
@@ -34,20 +34,30 @@ ARMS = {
     "AdamW raw": (ADAM, RAW),
     "AdamW normalised": (ADAM, NORMALISED),
 }
+"""name -> (optimizer, decay)"""
 MOVED = ("SGDW normalised", "AdamW normalised")
+
+
+Arrays = dict[str, np.ndarray]
 
 
 class Backend(NamedTuple):
     name: str
     stage: int
     offload: bool = False
+    channels_last: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} {self.stage}{' offload' if self.offload else ''}"
+        return f"{self.name} {self.stage}" + " offload" * self.offload + " channels_last" * self.channels_last
 
 
 BACKENDS = tuple(Backend(name, stage) for name, stage in [("ddp", 0), ("ddp", 1), *(("deepspeed", s) for s in range(4)), ("fsdp", 3)])
-OFFLOADED = tuple(Backend(name, stage, True) for name, can in SUPPORTED.items() for stage in can.offload)
+FURTHER = (
+    *(Backend(name, stage) for name, can in SUPPORTED.items() for stage in can.stages if Backend(name, stage) not in BACKENDS),
+    *(Backend(name, stage, offload=True) for name, can in SUPPORTED.items() for stage in can.offload),
+    *(backend._replace(channels_last=True) for backend in BACKENDS),
+)
+"""for the normalised arms only"""
 
 
 class Course(NamedTuple):
@@ -90,7 +100,8 @@ def make(course: Course, arm: str, backend: Backend, precision: str = "fp32", **
         schedule={"name": "cosine_restarts", "t_0": 1, "t_mult": 2},
         budget={"epochs": course.steps / course.cycle, "global_batch_size": GLOBAL_BATCH},
         backend={
-            "name": backend.name, "zero_stage": backend.stage, "offload_optimizer": backend.offload, "micro_batch_size": MICRO_BATCH,
+            "name": backend.name, "zero_stage": backend.stage, "offload_optimizer": backend.offload,
+            "channels_last": backend.channels_last, "micro_batch_size": MICRO_BATCH,
         },
     )  # fmt: skip
 
@@ -134,14 +145,14 @@ class Digits:
 class State(NamedTuple):
     """What training has made so far, by name, as float arrays."""
 
-    weights: dict[str, np.ndarray]
-    running: dict[str, np.ndarray]
+    weights: Arrays
+    running: Arrays
     """running means and variances"""
-    moments: dict[str, np.ndarray]
+    moments: Arrays
     """parameter name/key of torch's optimizer, flattened"""
 
 
-def distance(ours: dict[str, np.ndarray], control: dict[str, np.ndarray]) -> float:
+def distance(ours: Arrays, control: Arrays) -> float:
     """||ours - control|| / ||control||: Euclidean, over all elements of all entries together, in float64."""
     if ours.keys() != control.keys():
         raise ValueError(f"not the same entries: {sorted(ours.keys() ^ control.keys())}")

@@ -58,7 +58,7 @@ class ControlRun:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        return (self.world, "control", self.name)
+        return (self.world, "control", self.name if self.device == "cpu" else "")
 
     @property
     def cost(self) -> float:
@@ -244,6 +244,9 @@ def work(env: Mapping[str, str], runs: Sequence[Run], root: Path, connection: Co
         os.dup2(file.fileno(), 2)
     os.environ.update(env)
     torch.set_num_threads(1)
+    if torch.cuda.is_available():  # fp32 is fp32, and what should be bit-equal can be
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     name = runs[0].name
     try:
         with joined(TIMEOUT_SECONDS) as ranks:

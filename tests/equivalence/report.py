@@ -59,8 +59,10 @@ class _Progress:
         if not terminal and share < self._told + 0.1 and self._done < self._runs:
             return
         self._told = share
-        line = f"{self._done} of {self._runs} runs, {passed / 60:.1f} min, about {passed * (1 / share - 1) / 60:.1f} min left"
-        print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal and self._done < self._runs else "\n", file=sys.stderr, flush=True)
+        line = f"{self._done} of {self._runs} runs, {passed / 60:.1f} min, about {max(0.0, passed * (1 / share - 1)) / 60:.1f} min left"
+        print(
+            f"\r\x1b[K{line}" if terminal else line, end="" if terminal and self._done < self._runs else "\n", file=sys.stderr, flush=True
+        )
 
 
 def publish(found: Sequence[Row], path: Path) -> int:
@@ -78,7 +80,9 @@ def publish(found: Sequence[Row], path: Path) -> int:
     worst = max(found, key=lambda row: (not row.ok, row.badness))
     refused, passed = sum(row.refused for row in found), all(row.ok for row in found)
     limit = "no limit" if worst.limit is None else f"{worst.limit:.1e}"
-    print(f"{'PASS' if passed else 'FAIL'} equivalence: {len(found)} cells, {refused} refused, worst {worst.name} {_number(worst.figure)} of {limit}")
+    print(
+        f"{'PASS' if passed else 'FAIL'} equivalence: {len(found)} cells, {refused} refused, worst {worst.name} {_number(worst.figure)} of {limit}"
+    )
     return 0 if passed else 1
 
 
