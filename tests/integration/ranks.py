@@ -16,8 +16,9 @@ from harness import journal
 from harness.config import Trial
 from harness.store import Store, TrialFolder
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch._dynamo", "harness.train"])  # imported once: a rank starts in a tenth of a second
+_server.set_forkserver_preload(["torch._dynamo", "harness.train", "deepspeed"])  # imported once: a rank starts in a tenth of a second
 
 
 def _rank(env: dict[str, str], root: str, folder: str, log: str) -> None:
