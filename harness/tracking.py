@@ -43,7 +43,8 @@ STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "div
 """state of a trial -> status of its MLflow run"""
 
 ATTEMPT_TAGS = (
-    "attempt", "world_size", "micro_batch_size", "backend", "zero_stage", "offload_optimizer", "channels_last", "compile", "device", "host", "platform", "commit", "data_sha256", "job_id",
+    "attempt", "world_size", "micro_batch_size", "backend", "zero_stage", "offload_optimizer", "channels_last", "compile",
+    "device", "host", "platform", "commit", "data_sha256", "job_id",
 )  # fmt: skip
 """what may differ between attempts: tags, as the newest attempt's start line has them"""
 

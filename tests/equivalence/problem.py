@@ -45,17 +45,15 @@ class Backend(NamedTuple):
     name: str
     stage: int
     offload: bool = False
-    channels_last: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} {self.stage}" + " offload" * self.offload + " channels_last" * self.channels_last
+        return f"{self.name} {self.stage}" + " offload" * self.offload
 
 
 BACKENDS = tuple(Backend(name, stage) for name, stage in [("ddp", 0), ("ddp", 1), *(("deepspeed", s) for s in range(4)), ("fsdp", 3)])
 FURTHER = (
     *(Backend(name, stage) for name, can in SUPPORTED.items() for stage in can.stages if Backend(name, stage) not in BACKENDS),
     *(Backend(name, stage, offload=True) for name, can in SUPPORTED.items() for stage in can.offload),
-    *(backend._replace(channels_last=True) for backend in BACKENDS),
 )
 """for the normalised arms only"""
 
@@ -100,8 +98,7 @@ def make(course: Course, arm: str, backend: Backend, precision: str = "fp32", **
         schedule={"name": "cosine_restarts", "t_0": 1, "t_mult": 2},
         budget={"epochs": course.steps / course.cycle, "global_batch_size": GLOBAL_BATCH},
         backend={
-            "name": backend.name, "zero_stage": backend.stage, "offload_optimizer": backend.offload,
-            "channels_last": backend.channels_last, "micro_batch_size": MICRO_BATCH,
+            "name": backend.name, "zero_stage": backend.stage, "offload_optimizer": backend.offload, "micro_batch_size": MICRO_BATCH,
         },
     )  # fmt: skip
 
