@@ -1,0 +1,123 @@
+"""One step of each optimizer against torch's fused kernel on equal tensors, in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from harness import optim
+from harness.schedule import schedule
+from tests.benchmarks.report import row, spread
+from tests.trials import trial
+
+SGD, ADAM = {"name": "sgd", "lr": 0.1}, {"name": "adam", "lr": 0.001}
+L2 = {"name": "l2", "weight_decay": 0.01}
+RAW = {"name": "decoupled", "weight_decay": 0.001}
+NORMALISED = {"name": "decoupled", "weight_decay": 0.05, "normalised": True}
+CASES = {
+    "SGD L2": (SGD, L2, 1.1),
+    "SGDW raw": (SGD, RAW, 1.4),
+    "SGDW normalised": (SGD, NORMALISED, 1.4),
+    "Adam L2": (ADAM, L2, 1.1),
+    "AdamW raw": (ADAM, RAW, 1.1),
+    "AdamW normalised": (ADAM, NORMALISED, 1.1),
+}
+"""optimizer, decay, the most that a step may cost of torch's fused SGD or AdamW"""
+MOVED = {"sgd": 20, "adam": 28}
+"""bytes of fp32 a parameter that a step cannot do without: weight, gradient and moments read, weight and moments written"""
+WARM_UP = 3
+
+Shape = tuple[int, ...]
+
+
+def resnet(width: float) -> list[Shape]:
+    """Every parameter of a ResNet-50 with its channels times `width`: 25.6M at 1, 295M at 3.5."""
+
+    def norm(channels: int) -> list[Shape]:
+        return [(channels,)] * 2
+
+    def layers() -> Iterator[list[Shape]]:
+        channels = int(64 * width)
+        yield [(channels, 3, 7, 7), *norm(channels)]
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            inner = int(64 * width) * 2**stage
+            for block in range(blocks):
+                yield [
+                    (inner, channels, 1, 1),
+                    *norm(inner),
+                    (inner, inner, 3, 3),
+                    *norm(inner),
+                    (4 * inner, inner, 1, 1),
+                    *norm(4 * inner),
+                ]
+                if block == 0:
+                    yield [(4 * inner, channels, 1, 1), *norm(4 * inner)]
+                channels = 4 * inner
+        yield [(1000, channels), (1000,)]
+
+    return [shape for layer in layers() for shape in layer]
+
+
+class Took(NamedTuple):
+    """Milliseconds of one step."""
+
+    device: float
+    """on a GPU: from its first kernel's turn to the end of its last, launched ahead of time"""
+    host: float
+    """until step() returned"""
+
+
+def compare(case: str, shapes: Sequence[Shape], device: torch.device, repetitions: int, *, limited: bool = True) -> dict[str, Any]:
+    """The median ratio of `repetitions` pairs of steps, as a row. fp32; not limited: printed only."""
+    block, decay, limit = CASES[case]
+    t = trial(optimizer=block, decay=decay)
+    torch.manual_seed(0)
+    ours_parameters, their_parameters = (
+        [(str(i), torch.nn.Parameter(torch.randn(shape, device=device))) for i, shape in enumerate(shapes)] for _ in range(2)
+    )
+    for _, p in ours_parameters + their_parameters:
+        p.grad = torch.randn_like(p) * 1e-3
+    ours = optim.build(ours_parameters, t.optimizer, t.decay)
+    plain = [p for _, p in their_parameters]
+    theirs: torch.optim.Optimizer
+    if block["name"] == "sgd":
+        theirs = torch.optim.SGD(plain, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True)
+    else:
+        theirs = torch.optim.AdamW(plain, lr=0.001, weight_decay=0.01, fused=True)
+    eta, _, lam = schedule(t, 17)
+    optim.write(ours, *optim.hyperparameters(t.optimizer, t.decay, eta, lam))
+    pairs = [(one_step(ours, device), one_step(theirs, device)) for _ in range(WARM_UP + repetitions)][WARM_UP:]
+    ratios = [a.device / b.device for a, b in pairs]
+    took, host = statistics.median(a.device for a, _ in pairs), statistics.median(a.host for a, _ in pairs)
+    elements = sum(p.numel() for p in plain)
+    rate = MOVED[block["name"]] * elements / took / 1e6
+    note = f"{took:.3g} ms, {rate:.3g} GB/s, {elements / 1e6:.0f}M parameters; {spread(ratios)}"
+    if device.type == "cuda":
+        note += f"; host {host:.2g} ms, torch's {statistics.median(b.host for _, b in pairs):.2g} ms"
+    name = f"step {case} / torch fused {type(theirs).__name__}, {elements / 1e6:.0f}M parameters"
+    return row(name, statistics.median(ratios), limit if limited else None, note)
+
+
+def one_step(optimizer: torch.optim.Optimizer, device: torch.device) -> Took:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        optimizer.step()
+        took = 1e3 * (time.perf_counter() - start)
+        return Took(took, took)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD)  # the host is ahead of the GPU, as it is in training: no kernel waits for its launch
+    begin.record()
+    start = time.perf_counter()
+    optimizer.step()
+    host = 1e3 * (time.perf_counter() - start)
+    end.record()
+    torch.cuda.synchronize(device)
+    return Took(begin.elapsed_time(end), host)
+
+
+AHEAD = 20_000_000
+"""cycles of the GPU, about 10 ms"""
