@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test unit lint integration bench equivalence clean
+.PHONY: setup demo test unit lint integration bench equivalence gpu-check clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.installed
@@ -50,6 +50,9 @@ bench: setup data/mnist5k
 
 equivalence: setup
 	@$(BIN)/python -m tests.equivalence
+
+gpu-check:  # no set-up: that machine may have no network, and brings its own torch
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.gpu_check
 
 clean:
 	rm -rf .venv build

@@ -98,7 +98,9 @@ def main() -> int:
     chosen = parser.parse_args().sections or list(SECTIONS)
     if unknown := [section for section in chosen if section not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]!r}; valid: {', '.join(SECTIONS)}")
-    return publish("bench", [r for section in chosen for r in SECTIONS[section]()])
+    rows = {section: SECTIONS[section]() for section in chosen}
+    in_tables = [r for r in rows.get("sharding", []) if r["limit"] is None and not r.get("refused")]
+    return publish("bench", [r for found in rows.values() for r in found], in_tables)
 
 
 if __name__ == "__main__":

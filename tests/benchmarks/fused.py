@@ -29,6 +29,8 @@ CASES = {
 """optimizer, decay, the most that a step may cost of torch's fused SGD or AdamW"""
 MOVED = {"sgd": 20, "adam": 28}
 """bytes of fp32 a parameter that a step cannot do without: weight, gradient and moments read, weight and moments written"""
+BYTES = 40
+"""of memory a parameter for one comparison: two of everything, and gradients on their way"""
 WARM_UP = 3
 
 Shape = tuple[int, ...]
@@ -92,14 +94,17 @@ def compare(case: str, shapes: Sequence[Shape], device: torch.device, repetition
     optim.write(ours, *optim.hyperparameters(t.optimizer, t.decay, eta, lam))
     pairs = [(one_step(ours, device), one_step(theirs, device)) for _ in range(WARM_UP + repetitions)][WARM_UP:]
     ratios = [a.device / b.device for a, b in pairs]
-    took, host = statistics.median(a.device for a, _ in pairs), statistics.median(a.host for a, _ in pairs)
     elements = sum(p.numel() for p in plain)
-    rate = MOVED[block["name"]] * elements / took / 1e6
-    note = f"{took:.3g} ms, {rate:.3g} GB/s, {elements / 1e6:.0f}M parameters; {spread(ratios)}"
-    if device.type == "cuda":
-        note += f"; host {host:.2g} ms, torch's {statistics.median(b.host for _, b in pairs):.2g} ms"
+    told = {"ours": [a for a, _ in pairs], "torch's": [b for _, b in pairs]}
+    note = "; ".join(f"{who} {_told(steps, MOVED[block['name']] * elements, device)}" for who, steps in told.items())
+    note += f"; {spread(ratios)}"
     name = f"step {case} / torch fused {type(theirs).__name__}, {elements / 1e6:.0f}M parameters"
     return row(name, statistics.median(ratios), limit if limited else None, note)
+
+
+def _told(steps: Sequence[Took], moved: int, device: torch.device) -> str:
+    took, host = (statistics.median(t) for t in zip(*steps, strict=True))
+    return f"{took:.3g} ms, {moved / took / 1e6:.0f} GB/s" + (f", host {host:.2g} ms" if device.type == "cuda" else "")
 
 
 def one_step(optimizer: torch.optim.Optimizer, device: torch.device) -> Took:

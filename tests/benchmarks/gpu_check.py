@@ -1,0 +1,102 @@
+"""`make gpu-check`: what a machine with a GPU must show. Needs no network, no mlflow, no submitit. Writes build/gpu-check.json.
+
+equivalence  the rows of `make equivalence` at as many ranks as there are GPUs, TF32 off, cudnn deterministic
+step         one step of each optimizer against torch's fused one: milliseconds, GB/s, 26M and 295M parameters
+
+Without deepspeed its rows are refused. --device cpu does a small part of both, to test the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.benchmarks.report import Row
+
+NEEDED = {"torch": "torch", "numpy": "numpy", "pydantic": "pydantic", "yaml": "pyyaml", "rich": "rich", "mlxtend": "mlxtend"}
+"""module -> package"""
+SMALL = r"^control reordered, AdamW n|^(ddp 0|deepspeed 2|fsdp 3), AdamW n|^fsdp 3 bf16 end to end, AdamW n"
+"""the rows of --device cpu"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu_check")
+    parser.add_argument("-k", metavar="PATTERN", help="of equivalence, only rows whose name matches this regular expression")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    arguments = parser.parse_args()
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return _error(f"gpu-check needs {', '.join(missing)}, not installed for {sys.executable}")
+    import torch
+
+    cuda = arguments.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        return _error(f"gpu-check needs a GPU that torch can use; torch {torch.__version__}, {built}, finds none")
+    device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else "CPU"
+    print(f"{device}, torch {torch.__version__}, {'with' if _has_deepspeed() else 'without'} deepspeed", flush=True)
+
+    from tests.benchmarks.report import publish
+
+    pattern = arguments.k or ("" if cuda else SMALL)
+    return publish("gpu-check", [*equivalence(arguments.device, pattern), *steps(arguments.device)])
+
+
+def _error(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _has_deepspeed() -> bool:
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def equivalence(device: str, pattern: str) -> Iterator[Row]:
+    from tests.benchmarks.report import refused
+    from tests.equivalence import cells, groups, problem, report
+    from tests.equivalence.rank import EngineRun
+
+    groups.preload()
+    course, worlds = (problem.FULL, report.worlds(device)) if device == "cuda" else (problem.SHORT, (1,))
+    chosen = [cell for cell in cells.table(course, worlds, device) if re.search(pattern, cell.name, re.IGNORECASE)]
+    possible = [
+        cell
+        for cell in chosen
+        if _has_deepspeed() or not any(isinstance(run, EngineRun) and run.trial.backend.name == "deepspeed" for run in cell.runs)
+    ]
+    found = {row.name: asdict(row) for row in report.rows(possible, course, device, progress=True)} if possible else {}
+    for cell in chosen:
+        row = found.get(cell.name) or refused(cell.name, "deepspeed is not installed")
+        yield row | {"figure": row["figure"] if row["figure"] is not None and math.isfinite(row["figure"]) else None}
+
+
+def steps(kind: str) -> Iterator[Row]:
+    import torch
+
+    from tests.benchmarks import fused
+    from tests.benchmarks.report import refused
+
+    device = torch.device(kind)
+    if kind == "cpu":
+        torch.set_num_threads(1)
+    for width in (1, 3.5) if kind == "cuda" else (0.25,):
+        shapes = fused.resnet(width)
+        needed = fused.BYTES * sum(math.prod(shape) for shape in shapes)
+        for case in fused.CASES:
+            if kind == "cuda" and (free := torch.cuda.mem_get_info()[0]) < needed:
+                yield refused(
+                    f"step {case}, width {width:g}", f"takes {needed / 1e9:.0f} GB of GPU memory, of which {free / 1e9:.0f} are free"
+                )
+            else:  # 2M parameters on a CPU say nothing about the kernels
+                yield fused.compare(case, shapes, device, repetitions=25 if kind == "cuda" else 5, limited=kind == "cuda")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
