@@ -229,7 +229,7 @@ def test_a_result_that_finds_no_room_is_an_error_and_the_trial_can_be_run_again(
     assert "wait to be written" in error.value.__notes__[0]
     assert folder.state().state == "interrupted"
     assert 0 < folder.state().step < 21
-    assert folder.finished_result() is None
+    assert not folder.result.exists()
     result = train(t, store)
     assert (result["state"], result["attempts"], result["weights_sha256"]) == ("finished", 2, undisturbed["weights_sha256"])
     assert history(folder) == history(calm.trial(t.study, t.trial_id))

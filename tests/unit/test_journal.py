@@ -310,7 +310,7 @@ def test_lines_without_room_wait_in_order_and_whole(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     book = Journal(path, "t", 1)
     step = 0
-    for room in range(70):
+    for room in range(220):
         book.write(step, event="warning", message=f"{step:03}")
         with no_room_beyond(path.stat().st_size + room):
             book.write(step + 1, event="warning", message=f"{step + 1:03}")
