@@ -159,24 +159,30 @@ def reordered(arm: str, results: Results, name: str) -> Row:
 
 
 def equal(run: EngineRun, arm: str, results: Results, name: str) -> Row:
-    """The figure is that of the weights; running statistics and moments have limits of their own, found alike."""
-    ours, control = results.state(run), results.control(arm)
-    further = {part: (distance(getattr(ours, part), getattr(control, part)), results.limit(arm, part)) for part in ("running", "moments")}
-    note = ", ".join(f"{part} {figure:.1e} of {limit:.1e}" for part, (figure, limit) in further.items())
-    return within(name, distance(ours.weights, control.weights), results.limit(arm), note, all(f <= lim for f, lim in further.values()))
+    limits = {part: results.limit(arm, part) for part in State._fields}
+    return compared(name, results.state(run), results.control(arm), limits)
+
+
+def compared(name: str, ours: State, theirs: State, limits: Mapping[str, float]) -> Row:
+    """The figure is that of the weights, the note has the others'; or that of what is beyond its own limit."""
+    figures = {part: distance(getattr(ours, part), getattr(theirs, part)) for part in limits}
+    shown = next((part for part in limits if not figures[part] <= limits[part]), "weights")
+    notes = [f"{part} {figures[part]:.1e} of {limits[part]:.1e}" for part in limits if part != shown]
+    return within(name, figures[shown], limits[shown], ", ".join([*([f"figure: {shown}"] if shown != "weights" else []), *notes]))
 
 
 def recorded(run: EngineRun, control: ControlRun, results: Results, name: str) -> Row:
-    ours, theirs = results.state(run), results.of(control).states[run.stop]
-    moments = distance(ours.moments, theirs.moments)
-    return within(name, distance(ours.weights, theirs.weights), RECORDED_LIMIT, f"moments {moments:.1e}", moments <= RECORDED_LIMIT)
+    """Without running statistics, which are not made from gradients."""
+    limits = dict.fromkeys(("weights", "moments"), RECORDED_LIMIT)
+    return compared(name, results.state(run), results.of(control).states[run.stop], limits)
 
 
 def printed(run: EngineRun, control: ControlRun, results: Results, name: str) -> Row:
     ours, theirs = results.state(run), results.of(control)
     loss = results.of(run).evaluation.loss
     note = f"not limited; evaluation loss {loss:.4f}, control {theirs.evaluation.loss:.4f}"
-    return Row(name, distance(ours.weights, theirs.states[run.stop].weights), None, True, note)
+    figure = distance(ours.weights, theirs.states[run.stop].weights)
+    return Row(name, figure, None, math.isfinite(figure), note)
 
 
 def exceeding(run: EngineRun, arm: str, results: Results, name: str) -> Row:
@@ -185,13 +191,9 @@ def exceeding(run: EngineRun, arm: str, results: Results, name: str) -> Row:
 
 
 def moved(source: EngineRun, target: EngineRun, arm: str, bits: bool, results: Results, name: str) -> Row:
-    """Against the run that was saved, which went on undisturbed."""
-    ours, undisturbed = results.state(target), results.state(source, target.stop)
+    """Against the run that was saved, which went on undisturbed; bits: equal to the last one."""
     limits = {part: 0.0 if bits else results.limit(arm, part) for part in State._fields}
-    figures = {part: distance(getattr(ours, part), getattr(undisturbed, part)) for part in State._fields}
-    note = ", ".join(f"{part} {figures[part]:.1e} of {limits[part]:.1e}" for part in ("running", "moments"))
-    ok = all(figures[part] <= limits[part] for part in State._fields)
-    return within(name, figures["weights"], limits["weights"], note + ("; bit-equal" if bits and ok else ""), ok)
+    return compared(name, results.state(target), results.state(source, target.stop), limits)
 
 
 def evaluated_loss(runs: Sequence[Run], results: Results, name: str) -> Row:
@@ -212,7 +214,7 @@ def evaluated_predictions(runs: Sequence[Run], results: Results, name: str) -> R
 def saved_is_evaluated(runs: Sequence[Run], results: Results, name: str) -> Row:
     runs = [run for run in runs if isinstance(run, EngineRun)]
     unlike = {entry for run in runs for entry in results.of(run).unlike}
-    return within(name, float(len(unlike)), 0.0, f"weights and buffers, {len(runs)} runs; {', '.join(sorted(unlike)) or 'bit-equal'}")
+    return within(name, float(len(unlike)), 0.0, f"weights and buffers, {len(runs)} run(s); {', '.join(sorted(unlike)) or 'bit-equal'}")
 
 
 # -------------------------------------------------------------------------------------------------- table
