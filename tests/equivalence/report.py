@@ -74,7 +74,7 @@ def publish(found: Sequence[Row], path: Path) -> int:
         verdict = "refused" if row.refused else "ok" if row.ok else "FAIL"
         limit = "" if row.limit is None else f"{'>' if row.exceeds else ''}{row.limit:.1e}"
         shown.add_row(verdict, row.name, _number(row.figure), limit, row.note.replace("[", r"\["))
-    Console(width=None if sys.stdout.isatty() else 170).print(shown)
+    Console(width=None if sys.stdout.isatty() else 180).print(shown)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps([_plain(row) for row in found], indent=1) + "\n")
     worst = max(found, key=lambda row: (not row.ok, row.badness))
