@@ -72,22 +72,24 @@ def publish(found: Sequence[Row], path: Path) -> int:
         shown.add_column(title, justify=justify, no_wrap=title not in ("cell", "note"), overflow="fold")  # type: ignore[arg-type]
     for row in found:
         verdict = "refused" if row.refused else "ok" if row.ok else "FAIL"
-        limit = "" if row.limit is None else f"{'>' if row.exceeds else ''}{row.limit:.1e}"
-        shown.add_row(verdict, row.name, _number(row.figure), limit, row.note.replace("[", r"\["))
+        shown.add_row(verdict, row.name, _number(row.figure), _limit(row), row.note.replace("[", r"\["))
     Console(width=None if sys.stdout.isatty() else 180).print(shown)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps([_plain(row) for row in found], indent=1) + "\n")
     worst = max(found, key=lambda row: (not row.ok, row.badness))
     refused, passed = sum(row.refused for row in found), all(row.ok for row in found)
-    limit = "no limit" if worst.limit is None else f"{worst.limit:.1e}"
     print(
-        f"{'PASS' if passed else 'FAIL'} equivalence: {len(found)} cells, {refused} refused, worst {worst.name} {_number(worst.figure)} of {limit}"
+        f"{'PASS' if passed else 'FAIL'} equivalence: {len(found)} cells, {refused} refused, worst {worst.name} {_number(worst.figure)} of {_limit(worst) or 'no limit'}"
     )
     return 0 if passed else 1
 
 
 def _number(figure: float | None) -> str:
     return "-" if figure is None else f"{figure:.1e}"
+
+
+def _limit(row: Row) -> str:
+    return "" if row.limit is None else f"{'>' if row.exceeds else ''}{row.limit:.1e}"
 
 
 def _plain(row: Row) -> dict[str, object]:
