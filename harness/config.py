@@ -311,7 +311,7 @@ class Backend(Frozen):
     micro_batch_size: Whole | None = Field(
         None, ge=1, description="samples a forward pass on one rank; null: global_batch_size / world size", examples=[50]
     )
-    channels_last: bool = Field(False, description="images and convolution weights in NHWC memory order")
+    channels_last: bool = Field(False, description="images in NHWC memory order, and with ddp the convolution weights")
     compile: bool = Field(False, description="torch.compile of the model; needs a C++ compiler on a CPU")
     timeout_seconds: Whole = Field(
         45, ge=5, le=3600, description="a collective that waits longer ends the rank: the survivors of a killed rank leave", examples=[45]
