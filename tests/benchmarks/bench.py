@@ -80,7 +80,7 @@ def optimizers() -> list[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [fused.compare(case, fused.resnet(1), torch.device("cpu"), 4 * PAIRS) for case in fused.CASES]
+        return [fused.compare(case, fused.resnet(1), torch.device("cpu"), 8 * PAIRS) for case in fused.CASES]
     finally:
         torch.set_num_threads(threads)
 
