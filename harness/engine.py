@@ -108,12 +108,17 @@ class Engine(ABC):
             return self._model.eval()
         if self._gathered is None:
             self._gathered = models.build(self._trial.workload, self._trial.seed).to(self._ranks.device)
-            self._gathered.load_state_dict(self._model.state_dict() | self._full_weights())
+            self._gathered.load_state_dict(self._state())
         return self._gathered.eval()
+
+    def _state(self) -> dict[str, Tensor]:
+        """Weights and buffers, full, by name: what is evaluated and what is saved. Collective."""
+        state: dict[str, Tensor] = self._model.state_dict()
+        return state | self._full_weights() if self.weights_are_sharded else state
 
     def save(self) -> dict[str, dict[str, Any]]:
         """This rank's part of a checkpoint, {file name: state by parameter name}, as live tensors. Collective."""
-        weights = self.evaluation_model().state_dict()  # what is saved is what is evaluated
+        weights = self._state()
         files: dict[str, dict[str, Any]] = {"model.pt": weights} if self._ranks.rank == 0 else {}
         pieces = {
             name: {"start": piece.start} | {k: piece.read(v) if v.ndim else v for k, v in self._optimizer.state[piece.tensor].items()}

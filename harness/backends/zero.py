@@ -34,9 +34,26 @@ class DeepSpeedEngine(Engine):
         self.weights_are_sharded = self._stage == 3
         self._named: dict[str, Any] = dict(self._model.named_parameters())  # DeepSpeed gives them attributes
         self._optimizer = optim.build(self._named.items(), trial.optimizer, trial.decay)
-        self._engine, self._zero, _, _ = self._deepspeed.initialize(
-            model=self._model, optimizer=self._optimizer, config=_config(trial, ranks.world_size, self._micro)
-        )
+        self._engine, self._zero, _, _ = self._deepspeed.initialize(model=self._model, optimizer=self._optimizer, config=self._config())
+
+    def _config(self) -> dict[str, Any]:
+        trial, parameters = self._trial, sum(p.numel() for p in self._named.values())
+        zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": min(parameters, 500_000_000)}  # the default: 2 GB, always
+        if self._stage == 3:
+            zero["stage3_param_persistence_threshold"] = 10_000  # elements: norms and biases stay gathered
+        if trial.backend.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self._ranks.device.type == "cuda"}
+        batch = trial.budget.global_batch_size
+        return {
+            "train_batch_size": batch,
+            "train_micro_batch_size_per_gpu": self._micro,
+            "gradient_accumulation_steps": batch // self._ranks.world_size // self._micro,
+            "gradient_clipping": trial.workload.recipe.clip_norm or 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,  # anything but its own list, of torch's Adam by exact type
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+        }
 
     def _forward(self, images: Tensor, last: bool) -> Tensor:
         logits: Tensor = self._engine(images)
@@ -116,22 +133,3 @@ def _imported(ranks: Ranks, timeout_seconds: int) -> Any:
     deepspeed.comm.comm.cdb = None
     deepspeed.utils.groups._WORLD_GROUP = td.new_group(timeout=timedelta(seconds=timeout_seconds))
     return deepspeed
-
-
-def _config(trial: Trial, world_size: int, micro_batch_size: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": trial.backend.zero_stage}
-    if trial.backend.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = 10_000  # elements: norms and biases stay gathered
-    if trial.backend.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    batch = trial.budget.global_batch_size
-    return {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": batch // world_size // micro_batch_size,
-        "gradient_clipping": trial.workload.recipe.clip_norm or 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # anything but its own list, of torch's Adam by exact type
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
