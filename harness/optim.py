@@ -14,7 +14,7 @@ because sharded optimizers may call it once a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,8 +46,8 @@ def _shrink(group: dict[str, Any]) -> None:
 class SGDW(torch.optim.Optimizer):
     """buf <- momentum*buf + g;  theta <- theta - lr*buf - weight_decay*theta_before.
 
-    torch's fused SGD kernel after a multiplication: on a GPU of all tensors at once, on a CPU piece by piece, so that the
-    kernel finds in the cache what was just multiplied.
+    torch's fused SGD kernel after a multiplication: on a GPU of all tensors at once, on a CPU one tensor after the other, so
+    that the kernel finds in the cache some of what was just multiplied.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
@@ -58,8 +58,7 @@ class SGDW(torch.optim.Optimizer):
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
             columns = [moved, [p.grad for p in moved]] + ([[self._buffer(p) for p in moved]] if group["momentum"] else [])
-            rows = list(zip(*columns, strict=True))
-            parts = ([[t] for t in piece] for row in rows for piece in _pieces(row)) if all(p.is_cpu for p in moved) else [columns]
+            parts = ([[t] for t in row] for row in zip(*columns, strict=True)) if all(p.is_cpu for p in moved) else [columns]
             for parameters, gradients, *buffers in parts:
                 if group["weight_decay"]:
                     torch._foreach_mul_(parameters, 1 - group["weight_decay"])
@@ -74,13 +73,6 @@ class SGDW(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
-
-
-def _pieces(tensors: Sequence[Tensor], elements: int = 1 << 19) -> Iterable[Sequence[Tensor]]:
-    """Tensors of one shape as aligned pieces of at most 2 MB each (fp32), or as they are where memory is not in order."""
-    if tensors[0].numel() <= elements or not all(t.is_contiguous() for t in tensors):
-        return [tensors]
-    return zip(*(t.view(-1).split(elements) for t in tensors), strict=True)
 
 
 class AdamW(torch.optim.AdamW):
