@@ -79,7 +79,9 @@ class DeepSpeedEngine(Engine):
                 p.ds_tensor.data.fill_(torch.nan)
 
     def _weights(self) -> list[Tensor]:
-        return [p.detach() for p in (self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._named.values())]
+        if self._stage == 3:  # without the padding, which is whatever was in memory
+            return [piece.read(piece.tensor.detach()) for piece in self._slices().values()]
+        return [p.detach() for p in self._named.values()]
 
     def _slices(self) -> Mapping[str, Slice]:
         if self._stage == 0:

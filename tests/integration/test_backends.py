@@ -123,3 +123,17 @@ def test_deepspeed_is_imported_for_its_own_backend_only(few: Path) -> None:
         "assert 'deepspeed' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program, str(few)], check=True, timeout=120)
+
+
+def test_what_is_measured_is_the_same_where_shares_are_padded(tmp_path: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks divide few parameters evenly; fresh memory is made to hold garbage, which must not be measured."""
+    monkeypatch.setenv("MALLOC_PERTURB_", "129")
+    measured = {}
+    for name, backend in {"ddp": {}, "zero-3": ZERO_3, "fsdp": FSDP}.items():
+        t = on(backend, few, ADAMW, budget={"epochs": 1, "global_batch_size": 75})
+        finish(t, store := Store(tmp_path / name), 3)
+        points = history(store.trial(t.study, t.trial_id))
+        measured[name] = {key: value for key, value in points.items() if key[0].startswith(("weights/", "adam/"))}
+    assert len(measured["ddp"]) >= 3
+    assert measured["zero-3"] == pytest.approx(measured["ddp"], rel=1e-4)
+    assert measured["fsdp"] == pytest.approx(measured["ddp"], rel=1e-4)
