@@ -259,9 +259,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def found(folder: TrialFolder) -> list[tuple[int, int, Path]]:
-    """(step, attempt, path) of the committed checkpoints, newest first."""
+    """(step, attempt, path) of the committed checkpoints, newest first.
+
+    A later attempt descends from a checkpoint that was sound then: its own stand before any of an earlier attempt, which may be
+    damaged at a higher step.
+    """
     named = ((_NAME.fullmatch(p.name), p) for p in folder.checkpoints.glob("step-*"))
-    return sorted(((int(m[1]), int(m[2]), p) for m, p in named if m), reverse=True)
+    return sorted(((int(m[1]), int(m[2]), p) for m, p in named if m), key=lambda c: (c[1], c[0]), reverse=True)
 
 
 def newest(folder: TrialFolder, trial_id: str) -> tuple[Saved | None, list[str]]:
