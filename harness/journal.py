@@ -8,7 +8,7 @@ either `metrics` or an `event`:
                 it; step_seconds: the mean step since the save before, to hold it against
     warning     message
     stop        the attempt was told to stop and saved itself; the trial is interrupted
-    end         state: finished | failed | diverged, error
+    end         state: finished | failed | diverged, error; or, from whoever runs the attempts, failed | exhausted | cancelled
 
 `step` is the 0-based optimizer step of the CONTRACT; an evaluation stands at the last step it follows. Lines are
 written whole, in one write to a file opened for appending, so several processes may append. Lines for which the disk
@@ -31,6 +31,9 @@ from typing import Any
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """of a full disk, a quota, a limit on the size of files"""
+
+GIVEN_UP = ("exhausted", "cancelled")
+"""states that an attempt cannot reach by itself"""
 
 
 class Journal:
@@ -136,8 +139,14 @@ class Record:
     def points(self) -> list[Point]:
         return self.settled + self.pending
 
+    def newest(self) -> dict[str, float]:
+        """The newest value of each metric; anytime/* is the answer of the last completed cycle."""
+        return {p.metric: p.value for p in sorted(self.points(), key=lambda p: p.step)}
+
     def state(self, running: bool) -> str:
-        """pending | running | interrupted | finished | failed | diverged; `running`: a live process holds the trial.
+        """pending | running | interrupted | cancelled | finished | failed | diverged | exhausted.
+
+        `running`: a live process holds the trial.
 
         Find out whether one does *before* reading the journal: a trial that ends in between is then called running for
         a moment longer, and never interrupted.
@@ -155,7 +164,8 @@ def fold(lines: Iterable[dict[str, Any]]) -> Record:
     What a committed checkpoint or the trial's end makes final is never superseded, also when a damaged checkpoint or a
     retry makes a later attempt repeat it: it may have been delivered already. Other points are replaced by the attempt
     that repeats their step. Lines that an older attempt writes after a newer one has started (split brain), or that an
-    attempt writes after its end (another rank failed first), count for nothing.
+    attempt writes after its end (another rank failed first), count for nothing; except that whoever ran a failed attempt
+    may give the trial up, or cancel it, afterwards.
     """
     record = Record()
     settled: dict[tuple[str, int], Point] = {}
@@ -172,7 +182,8 @@ def fold(lines: Iterable[dict[str, Any]]) -> Record:
 
     for line in lines:
         attempt, step, event = int(line["attempt"]), int(line["step"]), line.get("event")
-        if attempt < newest or (record.end is not None and event != "start"):
+        given_up = event == "end" and line["state"] in GIVEN_UP and record.end is not None and record.end["state"] == "failed"
+        if attempt < newest or (record.end is not None and event != "start" and not given_up):
             continue
         newest = attempt
         record.first_timestamp = record.first_timestamp or line["timestamp"]

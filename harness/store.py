@@ -1,12 +1,13 @@
 """Where things lie on disk: runs/STUDY/trials/ID/..., and where a trial stands.
 
-    runs/STUDY/trials/ID/config.yaml  journal.jsonl  result.json  checkpoints/step-N-attempt-K/  logs/
+    runs/STUDY/trials/ID/config.yaml  journal.jsonl  result.json  checkpoints/step-N-attempt-K/  weights/step-N.pt  logs/
 
 No torch: the login node reads states from here.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,17 @@ import yaml
 
 from harness import journal
 from harness.config import BadInput, Trial, parse, read_yaml
+from harness.schedule import total_steps
 
 _EXCLUSIVE = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 """struct flock of a write lock on a whole file, belonging to the open file (not to the process, which may open it again)"""
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""what a file system without locks answers"""
 
-ENDED = ("finished", "failed", "diverged")
+RETRIED = ("failed", "exhausted")
+"""states of trials that are run again only when somebody asks for it"""
+ENDED = ("finished", "diverged", *RETRIED)
+"""states of trials that do not go on by themselves; the next submission goes on with cancelled ones, as with interrupted ones"""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -53,10 +60,14 @@ class TrialState:
     """Where a trial stands, by its own record (a scheduler may know that it is queued)."""
 
     state: str
-    """pending | running | interrupted | finished | failed | diverged"""
+    """pending | running | interrupted | cancelled | finished | failed | diverged | exhausted"""
     step: int
     total_steps: int | None
     attempts: int
+    committed: int
+    """steps done at the newest committed checkpoint: where a next attempt begins"""
+    stopped: bool
+    """the newest attempt was told to stop, and saved itself"""
     metrics: dict[str, float]
     """the newest value of each metric; anytime/* is the answer of the last completed cycle"""
     last_error: str | None
@@ -72,6 +83,7 @@ class TrialFolder:
         self.journal = path / "journal.jsonl"
         self.result = path / "result.json"
         self.checkpoints = path / "checkpoints"
+        self.weights = path / "weights"
         self.attempts = path / "attempts"
         self.logs = path / "logs"
         self._lock = path / "lock"
@@ -98,49 +110,80 @@ class TrialFolder:
             return number
 
     def newest_attempt(self) -> int:
-        """The highest number claimed; 0 before the first attempt."""
+        """The highest number claimed; 0 before the first attempt.
+
+        The folder is listed, and no name looked up: NFS asks the server when a folder is opened, and remembers names.
+        """
         return max((int(p.name) for p in self.attempts.glob("*") if p.name.isdigit()), default=0)
+
+    def is_superseded(self, attempt: int) -> bool:
+        """Whether a newer attempt has been claimed, so that what this one writes counts no more."""
+        return self.newest_attempt() > attempt
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by rank 0 while an attempt lives; the kernel lets go of it however the process ends."""
+        """Held by rank 0 while an attempt lives; the kernel lets go of it however the process ends. BadInput if it is held.
+
+        On a file system without locks nothing is held and nobody refused: claims alone keep attempts apart there.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self._lock, "w") as file:
             try:
                 fcntl.fcntl(file, fcntl.F_OFD_SETLK, _EXCLUSIVE)
             except (BlockingIOError, PermissionError):
                 raise BadInput(f"trial {self.path.name}: an attempt is running already; wait for it, or stop it") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
             yield
 
     def finished_result(self) -> dict[str, Any] | None:
-        """result.json of a finished trial; None for any other."""
+        """result.json of a finished trial; None for any other, also for what a superseded attempt wrote in its last moment."""
         try:
             result: dict[str, Any] = json.loads(self.result.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return result if result.get("state") == "finished" else None
+        return result if result.get("state") == "finished" and not self.is_superseded(result["attempts"]) else None
 
     def is_running(self) -> bool:
-        """Whether somebody holds the lock. Asks without taking it: a slow asker must not keep an attempt from starting."""
+        """Whether somebody holds the lock; never on a file system without locks.
+
+        Asks without taking it: a slow asker must not keep an attempt from starting.
+        """
         try:
             with open(self._lock) as file:
                 (kind,) = struct.unpack_from("h", fcntl.fcntl(file, fcntl.F_OFD_GETLK, _EXCLUSIVE))
         except FileNotFoundError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return False
         return bool(kind != fcntl.F_UNLCK)
+
+    def bytes(self) -> int:
+        """Of all files below the folder, each once whatever its names; what goes away meanwhile counts or not."""
+        sizes: dict[tuple[int, int], int] = {}
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    found = os.lstat(os.path.join(folder, name))  # noqa: PTH118 - a thousand trials are a lot of Paths
+                    sizes[found.st_dev, found.st_ino] = found.st_size
+        return sum(sizes.values())
 
     def state(self) -> TrialState:
         running = self.is_running()
         record = journal.fold(journal.read(self.journal))
         start: dict[str, Any] = record.starts[-1] if record.starts else {}
-        points = record.points()
-        seconds = [p for p in points if p.metric == "time/train_seconds"]
+        seconds = [p for p in record.points() if p.metric == "time/train_seconds"]
         return TrialState(
             state=record.state(running),
             step=record.steps_done,
             total_steps=start.get("total_steps"),
             attempts=max(len(record.starts), self.newest_attempt()),
-            metrics={p.metric: p.value for p in sorted(points, key=lambda p: p.step)},
+            committed=record.committed,
+            stopped=record.stopped,
+            metrics=record.newest(),
             last_error=(record.end or {}).get("error"),
             seconds_per_step=seconds[-1].value / (seconds[-1].step + 1) if seconds else None,
         )
@@ -185,5 +228,36 @@ class Store:
             raise BadInput(f"--store {self.root}: not writable ({error.strerror}); e.g. --store ./runs") from None
 
 
+def result_of(trial: Trial, state: str, step: int, attempt: int, metrics: dict[str, float], **more: Any) -> dict[str, Any]:
+    """The mapping of result.json."""
+    return {
+        "trial_id": trial.trial_id, "arm": trial.arm, "seed": trial.seed, "state": state, "step": step,
+        "total_steps": total_steps(trial), "attempts": attempt, "weights_sha256": None, "metrics": metrics, **more,
+    }  # fmt: skip
+
+
 def write_result(folder: TrialFolder, result: dict[str, Any]) -> None:
     write_atomically(folder.result, json.dumps(result, indent=2) + "\n")
+
+
+def close(folder: TrialFolder, state: str, error: str, attempt: int | None = None) -> bool:
+    """Ends the record of a trial for whoever ran its attempts, which are over: failed, exhausted or cancelled; whether it did.
+
+    `attempt` is the newest that the caller knows of (0: none has begun; left out: whichever is the newest): once there is a
+    newer one, or the trial has a result, nothing is written. An attempt after this opens the record again.
+    """
+    newest = folder.newest_attempt()
+    if attempt is not None and newest > attempt:
+        return False
+    record = journal.fold(journal.read(folder.journal))
+    if record.end is not None and (record.end["state"] != "failed" or state not in journal.GIVEN_UP):
+        return False
+    trial = folder.read_config()
+    book = journal.Journal(folder.journal, trial.trial_id, newest)
+    try:
+        book.write(max(0, record.steps_done - 1), event="end", state=state, error=error)
+        book.sync()
+    finally:
+        book.close()
+    write_result(folder, result_of(trial, state, record.steps_done, newest, record.newest(), error=error))
+    return True

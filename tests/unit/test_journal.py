@@ -103,6 +103,13 @@ def test_a_retry_does_not_take_back_what_the_failed_attempt_settled() -> None:
     assert after.state(running=False) == "finished"
 
 
+def test_whoever_ran_a_failed_attempt_may_give_it_up_and_nothing_else_changes() -> None:
+    failed = [start(1, 0), *losses(1, range(3)), end(1, 2, "failed", error="boom")]
+    before, after = journal.fold(failed), journal.fold([*failed, end(1, 2, "exhausted", error="boom, three times"), loss(1, 3)])
+    assert after.end is not None and after.end["error"] == "boom, three times"
+    assert after.settled == before.settled and not after.pending and after.steps_done == before.steps_done
+
+
 def test_lines_after_the_end_of_their_attempt_count_for_nothing() -> None:
     lines = [start(1, 0), loss(1, 0), end(1, 0, "failed", error="first"), loss(1, 1), checkpoint(1, 2), end(1, 1, "failed", error="second")]
     record = journal.fold(lines)
@@ -126,6 +133,13 @@ def test_split_brain_an_older_attempt_counts_for_nothing_once_a_newer_one_has_st
         ([start(1, 0), end(1, 0, "diverged")], "diverged"),
         ([start(1, 0), end(1, 0, "failed"), start(2, 0)], "interrupted"),
         ([end(1, 0, "failed", error="no shards")], "failed"),
+        ([end(0, 0, "exhausted", error="no attempt began")], "exhausted"),
+        ([end(0, 0, "exhausted", error="no attempt began"), start(1, 0)], "interrupted"),
+        ([start(1, 0), line(1, 0, event="stop"), end(1, 0, "exhausted", error="time limit")], "exhausted"),
+        ([start(1, 0), end(1, 0, "cancelled", error=None)], "cancelled"),
+        ([start(1, 0), end(1, 0, "failed"), end(1, 0, "exhausted")], "exhausted"),
+        ([start(1, 0), end(1, 0, "finished"), end(1, 0, "cancelled")], "finished"),
+        ([start(1, 0), end(1, 0, "failed"), start(2, 0), end(1, 0, "exhausted")], "interrupted"),
     ],
 )
 def test_state(lines: list[Line], state: str) -> None:
