@@ -144,7 +144,10 @@ class Evaluation(Frozen):
 
 class Checkpoint(Frozen):
     every_epochs: Number = Field(1.0, ge=0.001, description="beside cycle ends and the end", examples=[1])
-    keep: Whole = Field(2, ge=1, description="newest checkpoints kept", examples=[2])
+    keep: Whole = Field(2, ge=1, description="newest checkpoints kept, while a trial runs and after it", examples=[2])
+    weights: Literal["finalists", "all", "none"] = Field(
+        "finalists", description="trials whose weights at every cycle end are kept for good, in weights/step-N.pt", examples=["all"]
+    )
 
 
 class Workload(Frozen):
