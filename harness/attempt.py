@@ -5,6 +5,7 @@ Only rank 0 writes, except that a rank which fails says so itself. Everything th
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
@@ -12,8 +13,9 @@ import subprocess
 import time
 import traceback
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,16 +23,20 @@ from typing import Any
 import torch
 
 from harness import checkpoint, journal
-from harness.config import Trial
+from harness.config import BadInput, Trial
 from harness.data.loader import Substitution
 from harness.dist import Ranks, peer_lost
 from harness.engine import Engine
 from harness.journal import Journal
-from harness.schedule import steps_per_epoch, total_steps
-from harness.store import TrialFolder, write_result
+from harness.schedule import cycle_ends, steps_per_epoch, total_steps
+from harness.store import TrialFolder, result_of, write_result
 
 LINE = 500
 """characters of an error kept in the journal"""
+PATIENCE = 20.0
+"""seconds that an older attempt has to leave; after that it is taken for dead, or for stopped"""
+LOOK = 2.0
+"""seconds between two looks for a newer attempt: the folder may be far away"""
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,14 @@ class Progress:
 class Attempt:
     """Context manager around the training loop of one process."""
 
-    def __init__(self, trial: Trial, folder: TrialFolder, ranks: Ranks) -> None:
+    def __init__(self, trial: Trial, folder: TrialFolder, ranks: Ranks, takes_over: bool = False) -> None:
         self.trial, self.folder, self.ranks = trial, folder, ranks
+        self._takes_over = takes_over
         self._resources = ExitStack()
+        self._locked = False
+        self._next_look = 0.0
+        self._warnings: list[str] = []
+        """of before the start line"""
         self._substituted: set[int] = set()
         self._saving: checkpoint.Saving | None = None
         self._saved = Progress()
@@ -59,19 +70,63 @@ class Attempt:
         self._ended = False
 
     def __enter__(self) -> Attempt:
-        number = 0
-        if self.ranks.rank == 0:
-            self._resources.enter_context(self.folder.lock())
-            if not self.folder.config.exists():
-                self.folder.write_config(self.trial)
-            number = self.folder.claim()
-            self.folder.result.unlink(missing_ok=True)
-            checkpoint.tidy(self.folder, self.trial.checkpoint.keep, number)
-        self.number: int = self.ranks.from_rank_0(number)
-        self._journal = Journal(self.folder.journal, self.trial.trial_id, self.number)
+        try:
+            number = 0
+            if self.ranks.rank == 0:
+                number = self._claim_first() if self._takes_over else self._lock_first()
+            self.number: int = self.ranks.from_rank_0(number)
+            self._refuse_if_superseded(0)
+            if self.ranks.rank == 0:
+                if not self.folder.config.exists():
+                    self.folder.write_config(self.trial)
+                self.folder.result.unlink(missing_ok=True)
+                self._warnings = self._tidy(number)
+            self._journal = Journal(self.folder.journal, self.trial.trial_id, self.number)
+        except BaseException:
+            self._resources.close()
+            raise
         self._resources.callback(self._journal.close)
         self._resources.callback(self._abandon)
         return self
+
+    def _lock_first(self) -> int:
+        """The number of an attempt that must not meet another one; BadInput if it does."""
+        self._lock()
+        return self.folder.claim()
+
+    def _claim_first(self) -> int:
+        """The number of an attempt that takes over: the claim tells an older one to leave, which lets go of the lock then.
+
+        One that is stopped, or dead behind a file system that still holds its lock, cannot leave: it is left to the fence.
+        """
+        number = self.folder.claim()
+        until = time.monotonic() + min(PATIENCE, self.trial.backend.timeout_seconds / 2)  # the other ranks wait for this one
+        while not self._try_lock() and time.monotonic() < until:
+            time.sleep(0.1)
+        return number
+
+    def _lock(self) -> None:
+        self._resources.enter_context(self.folder.lock())
+        self._locked = True
+
+    def _try_lock(self) -> bool:
+        with suppress(BadInput):
+            self._lock()
+        return self._locked
+
+    def is_superseded(self) -> bool:
+        """Whether rank 0 sees a newer attempt; it does not look at every call. False on other ranks: all act on it together."""
+        if self.ranks.rank != 0 or time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + LOOK
+        if not self._locked:  # whoever held it at the start may be gone
+            self._try_lock()
+        return self.folder.is_superseded(self.number)
+
+    def _refuse_if_superseded(self, step: int) -> None:
+        """Raises Superseded on every rank if there is a newer attempt: this one leaves no word. Collective."""
+        if self.ranks.from_rank_0(self.ranks.rank == 0 and self.folder.is_superseded(self.number)):
+            raise checkpoint.superseded(self.trial.trial_id, self.number, step)
 
     def resume(self, engine: Engine, **described: Any) -> Progress:
         """Loads the newest sound checkpoint, if any, into the engine and opens the journal's attempt. Collective."""
@@ -84,7 +139,7 @@ class Attempt:
             progress = Progress(**saved.manifest["progress"])
         self._saved = progress
         self._write(progress.steps_done, event="start", resumed_from=progress.steps_done, **self._description(), **described)
-        for complaint in complaints:
+        for complaint in (*self._warnings, *complaints):
             self.warn(progress.steps_done, complaint)
         return progress
 
@@ -106,7 +161,10 @@ class Attempt:
             "platform": platform.platform(),
             "pid": os.getpid(),
             "job_id": os.environ.get("WRBENCH_JOB_ID"),
-            "commit": _commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "deepspeed": _version("deepspeed"),
+            **_code(),
         }
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -160,8 +218,15 @@ class Attempt:
             return
         self._stall += time.perf_counter() - start
         self._write(step, event="checkpoint", stall_seconds=self._stall, step_seconds=self._step)
-        if self.ranks.rank == 0:
-            checkpoint.tidy(self.folder, self.trial.checkpoint.keep, self.number)
+        for complaint in self._tidy(self.number):
+            self.warn(step, complaint)
+
+    def _tidy(self, attempt: int) -> list[str]:
+        """Removes what is no longer wanted, also what attempts before this one left unfinished; warnings, on rank 0."""
+        if self.ranks.rank != 0:
+            return []
+        kept = self.trial.checkpoint.weights in ("all", self.trial.phase)
+        return checkpoint.tidy(self.folder, self.trial.checkpoint.keep, attempt, cycle_ends(self.trial) if kept else ())
 
     def _abandon(self) -> None:
         if self._saving is not None:
@@ -170,8 +235,9 @@ class Attempt:
     def stop(self, steps_done: int, reason: str) -> dict[str, Any]:
         """The attempt was told to stop and has taken a snapshot: once that is committed, the trial is interrupted. Collective."""
         self.commit()
+        self._refuse_if_superseded(steps_done)
         self._write(steps_done, event="stop", reason=reason)
-        return self._result("interrupted", steps_done, metrics=self._metrics())
+        return result_of(self.trial, "interrupted", steps_done, self.number, self._metrics())
 
     def end(self, state: str, steps_done: int, weights_sha256: str | None, error: str | None = None) -> dict[str, Any]:
         """Records that the trial ended; the result.json mapping, the same on every rank. Collective.
@@ -179,12 +245,15 @@ class Attempt:
         Raises OSError if the record cannot be written: the trial can be run again, from its newest checkpoint.
         """
         self.commit()
+        self._refuse_if_superseded(steps_done)
+        for complaint in self._tidy(self.number + 1):  # nothing is being written any more
+            self.warn(steps_done, complaint)
         self._ended = True
         self._write(max(0, steps_done - 1), event="end", state=state, error=error)
         try:
             if self.ranks.rank == 0:
                 self._journal.sync()
-            result = self._result(state, steps_done, weights_sha256, self._metrics())
+            result = result_of(self.trial, state, steps_done, self.number, self._metrics(), weights_sha256=weights_sha256)
             if self.ranks.rank == 0:
                 write_result(self.folder, result)
         except OSError as full:
@@ -194,21 +263,9 @@ class Attempt:
 
     def _metrics(self) -> dict[str, float]:
         """The newest value of each metric in the journal. Collective."""
-        metrics: dict[str, float] = {}
-        if self.ranks.rank == 0:
-            points = journal.fold(journal.read(self.folder.journal)).points()
-            metrics = {p.metric: p.value for p in sorted(points, key=lambda p: p.step)}
+        metrics = journal.fold(journal.read(self.folder.journal)).newest() if self.ranks.rank == 0 else {}
         found: dict[str, float] = self.ranks.from_rank_0(metrics)
         return found
-
-    def _result(
-        self, state: str, step: int, weights_sha256: str | None = None, metrics: dict[str, float] | None = None, **error: str
-    ) -> dict[str, Any]:
-        return {
-            "trial_id": self.trial.trial_id, "arm": self.trial.arm, "seed": self.trial.seed, "state": state, "step": step,
-            "total_steps": total_steps(self.trial), "attempts": self.number, "weights_sha256": weights_sha256,
-            "metrics": metrics or {}, **error,
-        }  # fmt: skip
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         ours = isinstance(error, Exception) and not peer_lost(error) and not isinstance(error, checkpoint.Superseded)
@@ -222,18 +279,41 @@ class Attempt:
             error.add_note(f"the record of this could not be written: {lost}")
 
     def _fail(self, error: BaseException) -> None:
-        line = " ".join(traceback.format_exception_only(error)[-1].split())[:LINE]
-        self._journal.write(self._saved.steps_done, event="end", state="failed", error=line, rank=self.ranks.rank)
-        write_result(self.folder, self._result("failed", self._saved.steps_done, error=line))
+        if self.folder.is_superseded(self.number):
+            return
+        line, done = " ".join(traceback.format_exception_only(error)[-1].split())[:LINE], self._saved.steps_done
+        self._journal.write(done, event="end", state="failed", error=line, rank=self.ranks.rank)
+        write_result(self.folder, result_of(self.trial, "failed", done, self.number, {}, error=line))
 
 
-def _commit() -> str | None:
-    """The commit of the code that runs, marked when the working tree differs; None outside a checkout."""
+def _code() -> dict[str, str | None]:
+    """What runs: the commit, and the code snapshot of the submission; None for what there is none of.
+
+    A snapshot says itself which commit it was taken of: it may lie in the checkout of something else.
+    """
+    root = Path(__file__).resolve().parent.parent
+    try:
+        snapshot = json.loads((root / "snapshot.json").read_text())
+    except FileNotFoundError:
+        return {"commit": _commit(root), "code": None}
+    return {"commit": snapshot["commit"], "code": snapshot["code"]}
+
+
+def _commit(root: Path) -> str | None:
+    """The commit of a checkout, marked when the working tree differs; None outside of one."""
     try:
         out = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+            cwd=root, capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package, which is not imported; None if there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

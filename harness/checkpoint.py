@@ -6,6 +6,8 @@ N is the number of steps done. `model.pt` is the full state, name -> tensor. An 
 rank owns, {parameter name: {"start": int, key: tensor, ...}}: a 1-d tensor is the piece [start, start + numel) of that
 state of the flattened (C order) parameter, a 0-d tensor is whole. The pieces of all ranks tile each parameter.
 
+The weights of cycle ends are kept for good as weights/step-N.pt, a second name of that checkpoint's model.pt.
+
 `Saving` writes in the background. The folder takes its name, by one atomic rename, when every file is on disk and the
 manifest names them all with their SHA-256. Tensors are read with weights_only=True.
 """
@@ -17,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,10 @@ VERSION = 2
 
 class Superseded(RuntimeError):
     """A newer attempt of the same trial has started: this one stops and commits nothing."""
+
+
+def superseded(trial_id: str, attempt: int, step: int) -> Superseded:
+    return Superseded(f"trial {trial_id}: attempt {attempt} stops at step {step}, since a newer attempt has started")
 
 
 @dataclass(frozen=True)
@@ -137,22 +143,26 @@ class Saving:
         except OSError as error:
             failure = f"rank {self._ranks.rank}: {_told(error)}"
         parts = self._ranks.gathered((files, failure))
-        superseded = False
+        outdated = False
         if self._ranks.rank == 0:
             failure = "; ".join(failed for _, failed in parts if failed) or None
-            superseded = self._folder.newest_attempt() > self._attempt
-            if not failure and not superseded:
+            outdated = self._folder.is_superseded(self._attempt)
+            if not failure and not outdated:
                 try:
                     journal.sync()
                     self._commit({name: entry for files, _ in parts for name, entry in files.items()})
+                    outdated = self._folder.is_superseded(self._attempt)
+                    if outdated:
+                        # The newer attempt may have chosen its checkpoint before this one got its name, and then counts none
+                        # of this one's later steps: an attempt after it that resumed from here would leave a gap in the metrics.
+                        self._final.rename(self._partial)
                 except OSError as error:
                     failure = _told(error)
-            if failure or superseded:
+            if failure or outdated:
                 shutil.rmtree(self._partial, ignore_errors=True)
-        superseded, failure = self._ranks.from_rank_0((superseded, failure))
-        if superseded:
-            trial_id, step = self._head["trial_id"], self._head["step"]
-            raise Superseded(f"trial {trial_id}: attempt {self._attempt} stops at step {step}, since a newer attempt has started")
+        outdated, failure = self._ranks.from_rank_0((outdated, failure))
+        if outdated:
+            raise superseded(self._head["trial_id"], self._attempt, self._head["step"])
         return failure
 
     def _commit(self, files: dict[str, Any]) -> None:
@@ -309,13 +319,62 @@ def _damage(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"{name}: {error.strerror}"
 
 
-def tidy(folder: TrialFolder, keep: int, attempt: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what attempts before this one left unfinished. For rank 0."""
-    for _, _, path in found(folder)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+def tidy(folder: TrialFolder, keep: int, attempt: int, weights_of: Collection[int] = ()) -> list[str]:
+    """Removes all but the newest `keep` checkpoints, and what attempts before this one left unfinished. For rank 0.
+
+    Of checkpoints of the steps `weights_of` the weights are kept for good, before the checkpoint goes; one whose weights
+    cannot be kept (a full disk) stays, with a warning.
+    """
+    complaints: list[str] = []
+    kept: set[int] = set()
+    for place, (step, _, path) in enumerate(found(folder)):
+        if step in weights_of and step not in kept:  # the newest of this step: an older one may be damaged
+            try:
+                _keep_weights(path, folder.weights / f"step-{step}.pt")
+            except OSError as error:
+                complaints.append(f"the weights of step {step} could not be kept ({_told(error)}); they stay in {path.name}")
+                continue
+            kept.add(step)
+        if place >= keep:
+            shutil.rmtree(path, ignore_errors=True)
     for path in folder.checkpoints.glob(".step-*"):
         if (name := _NAME.fullmatch(path.name[1:])) and int(name[2]) < attempt:  # this attempt's may be being written
             shutil.rmtree(path, ignore_errors=True)
+    return complaints
+
+
+def _keep_weights(checkpoint: Path, kept: Path) -> None:
+    """Gives a checkpoint's model.pt a second name, by which it outlives the checkpoint; complete or absent, without new bytes.
+
+    A copy where the file system knows no second names. A checkpoint that is half removed has given its weights already.
+    """
+    model = checkpoint / "model.pt"
+    if not model.exists() or (kept.exists() and _age(kept) == _age(model)):
+        return
+    kept.parent.mkdir(exist_ok=True)
+    partial = kept.with_name(f".{kept.name}")
+    try:
+        partial.unlink(missing_ok=True)
+        try:
+            partial.hardlink_to(model)
+        except OSError:
+            shutil.copy2(model, partial)
+            _sync(partial)
+        partial.replace(kept)
+        _sync(kept.parent)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _age(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+def non_finite(values: Mapping[str, Tensor | float]) -> str | None:
+    """The name of the first that is, or holds, NaN or an infinity."""
+    return next((name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()), None)
 
 
 def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
@@ -119,29 +116,3 @@ def peer_lost(error: BaseException) -> bool:
     return isinstance(error, td.DistError) or (
         isinstance(error, RuntimeError) and any(w in text for w in ("gloo", "connection closed by peer", "connection reset", "nccl"))
     )
-
-
-class StopRequest:
-    """Raised by SIGTERM, SIGUSR2 or SIGINT; the loop asks for it and all ranks act on it together.
-
-    Handlers only set a flag: saving is collective and must not run inside a signal handler. They replace submitit's,
-    which act on rank 0 alone. USR2 and not USR1, which NCCL catches.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-
-    def __enter__(self) -> StopRequest:
-        self._before = []
-        if threading.current_thread() is threading.main_thread():
-            self._before = [(s, signal.signal(s, self._note)) for s in self.SIGNALS]
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before:
-            signal.signal(number, handler)

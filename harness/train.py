@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,22 +14,29 @@ from harness import checkpoint, engine, optim
 from harness.attempt import Attempt, Progress
 from harness.config import Trial
 from harness.data import loader
-from harness.dist import Ranks, StopRequest, joined
+from harness.dist import Ranks, joined
 from harness.evaluate import evaluate
 from harness.schedule import cycle_ends, schedule, steps_per_epoch, total_steps
+from harness.stopping import StopRequest
 from harness.store import Store
 
 
-def train(trial: Trial, store: Store) -> dict[str, Any]:
+def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_over: bool = False) -> dict[str, Any]:
     """Trains to the end of the budget from the newest checkpoint; the mapping of result.json, the same on every rank.
 
     Its state is finished, diverged (a non-finite loss: a result) or interrupted (told to stop, and saved). Raises what
-    went wrong otherwise, after the journal says so; run again, it continues.
+    went wrong otherwise, after the journal says so; run again, it continues. `stop`, entered by the caller, may have been
+    raised before; left out, train listens itself. With `takes_over` an attempt that still runs is told to leave, and
+    raises Superseded; without, this one is refused.
     """
     folder = store.trial(trial.study, trial.trial_id)
     if (ended := folder.finished_result()) is not None:
         return ended
-    with joined(trial.backend.timeout_seconds) as ranks, StopRequest() as stop, Attempt(trial, folder, ranks) as attempt:
+    with (
+        joined(trial.backend.timeout_seconds) as ranks,
+        nullcontext(stop) if stop else StopRequest() as stop,
+        Attempt(trial, folder, ranks, takes_over) as attempt,
+    ):
         data = loader.open_data(trial.workload.data)
         worker = engine.build(trial, ranks)
         resumed = attempt.resume(worker, data_sha256=data.index.sha256)
@@ -38,6 +45,7 @@ def train(trial: Trial, store: Store) -> dict[str, Any]:
         evaluations = ends | _every(trial, trial.evaluation.every_epochs) | {total}
         saves = ends | _every(trial, trial.checkpoint.every_epochs) | {total}
         batches = loader.train_batches(data, trial, ranks.rank, ranks.world_size, resumed.steps_done, total)
+        measured: dict[str, float] = {}
 
         for step in range(resumed.steps_done, total):
             done = step + 1
@@ -49,8 +57,10 @@ def train(trial: Trial, store: Store) -> dict[str, Any]:
 
             stopping = False
             if done % trial.evaluation.log_every_steps == 0 or done in evaluations | saves:
-                own = [float(result.loss) / ranks.world_size, float(stop.signal is not None), float(attempt.written())]
-                loss, stops, written = ranks.sums(own)
+                own = [float(result.loss) / ranks.world_size, stop.signal is not None, attempt.written(), attempt.is_superseded()]
+                loss, stops, written, superseded = ranks.sums(own)
+                if superseded:
+                    raise checkpoint.superseded(trial.trial_id, attempt.number, done)
                 stopping = stops > 0
                 now = {"schedule/lr": lr, "schedule/eta": eta, "schedule/weight_decay": lam, "schedule/cycle": cycle}
                 now |= {"epoch": done / steps_per_epoch(trial), "train/loss": loss}
@@ -73,7 +83,10 @@ def train(trial: Trial, store: Store) -> dict[str, Any]:
             if stopping and done < total:
                 return attempt.stop(done, stop.signal or "a peer was told to stop")
 
-        return attempt.end("finished", total, checkpoint.weights_sha256(worker.evaluation_model().state_dict()))
+        weights = worker.evaluation_model().state_dict()
+        if broken := checkpoint.non_finite(measured | weights):  # by the last update: no loss comes after it
+            return attempt.end("diverged", total, None, f"{broken} is not finite after the last step, {total - 1}")
+        return attempt.end("finished", total, checkpoint.weights_sha256(weights))
 
 
 def _every(trial: Trial, epochs: float | None) -> set[int]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -313,6 +314,67 @@ def test_tidying_keeps_the_newest_and_what_is_being_written(two: TrialFolder) ->
     assert names(two) == [".step-9-attempt-2", ".step-9-attempt-3", ".step-x", "notes", "step-7-attempt-1"]
 
 
+def inode(path: Path) -> int:
+    return path.stat().st_ino
+
+
+def kept(folder: TrialFolder) -> list[str]:
+    return sorted(p.name for p in folder.weights.glob("*")) + sorted(p.name for p in folder.weights.glob(".*"))
+
+
+def test_the_weights_of_the_steps_asked_for_outlive_their_checkpoint(two: TrialFolder) -> None:
+    assert save(two, 9) is None
+    assert checkpoint.tidy(two, keep=1, attempt=2, weights_of={3, 9, 100}) == []
+    assert names(two) == ["step-9-attempt-1"]
+    assert kept(two) == ["step-3.pt", "step-9.pt"]
+    for step in (3, 9):
+        assert_equal(torch.load(two.weights / f"step-{step}.pt", weights_only=True), files(step)["model.pt"])
+    assert inode(two.weights / "step-9.pt") == inode(two.checkpoints / "step-9-attempt-1/model.pt"), "no byte is there twice"
+
+
+def test_the_weights_of_a_step_are_those_of_the_newest_attempt_that_reached_it(two: TrialFolder) -> None:
+    checkpoint.tidy(two, keep=2, attempt=1, weights_of={7})
+    begin(two, 7, files(99), attempt=2).commit(Journal(two.journal, "abc", 2))
+    for keep in (3, 2, 1, 1):
+        checkpoint.tidy(two, keep=keep, attempt=2, weights_of={7})
+        assert_equal(torch.load(two.weights / "step-7.pt", weights_only=True), files(99)["model.pt"])
+    assert names(two) == ["step-7-attempt-2"]
+    assert kept(two) == ["step-7.pt"]
+
+
+def test_where_files_have_one_name_only_weights_are_copied_once(two: TrialFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What such a file system answers is all that is made up."""
+
+    def refused(*arguments: object, **more: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with no_room_beyond(100):
+        complaints = checkpoint.tidy(two, keep=1, attempt=1, weights_of={3})
+    (complaint,) = complaints
+    assert re.fullmatch(r"the weights of step 3 could not be kept \(.*: File too large\); they stay in step-3-attempt-1", complaint)
+    assert kept(two) == []
+    assert names(two) == ["step-3-attempt-1", "step-7-attempt-1"], "a checkpoint does not go before its weights are kept"
+    assert checkpoint.tidy(two, keep=1, attempt=1, weights_of={3, 7}) == []
+    assert names(two) == ["step-7-attempt-1"]
+    for step in (3, 7):
+        assert_equal(torch.load(two.weights / f"step-{step}.pt", weights_only=True), files(step)["model.pt"])
+    first = inode(two.weights / "step-7.pt")
+    assert first != inode(two.checkpoints / "step-7-attempt-1/model.pt")
+    checkpoint.tidy(two, keep=1, attempt=1, weights_of={3, 7})
+    assert inode(two.weights / "step-7.pt") == first
+
+
+def test_a_checkpoint_stays_while_its_weights_cannot_be_kept(two: TrialFolder) -> None:
+    two.weights.write_text("a file where the folder should be")
+    (complaint,) = checkpoint.tidy(two, keep=1, attempt=1, weights_of={3})
+    assert "the weights of step 3 could not be kept" in complaint
+    assert names(two) == ["step-3-attempt-1", "step-7-attempt-1"]
+    two.weights.unlink()
+    assert checkpoint.tidy(two, keep=1, attempt=1, weights_of={3}) == []
+    assert (names(two), kept(two)) == (["step-7-attempt-1"], ["step-3.pt"])
+
+
 def test_an_abandoned_checkpoint_leaves_nothing(two: TrialFolder) -> None:
     begin(two, 9, files(9)).abandon()
     assert names(two) == ["step-3-attempt-1", "step-7-attempt-1"]
@@ -331,3 +393,25 @@ def test_a_newer_attempt_forbids_the_commit(two: TrialFolder) -> None:
         else:
             assert saving.commit(Journal(folder.journal, "abc", 1)) is None
         assert names(folder) == ["step-3-attempt-1", "step-7-attempt-1", *([] if refused else ["step-9-attempt-1"])]
+
+
+class _Overtaken(Saving):
+    """A newer attempt is claimed between the last look before the checkpoint gets its name and the first one after it."""
+
+    def _commit(self, files: dict[str, Any]) -> None:
+        super()._commit(files)
+        self._folder.claim()
+
+
+def test_a_checkpoint_that_got_its_name_after_a_newer_attempt_began_is_taken_back(two: TrialFolder) -> None:
+    assert two.claim() == 1
+    saving = _Overtaken(two, ALONE, "abc", 1, 9, files(9), {})
+    with pytest.raises(checkpoint.Superseded, match="trial abc: attempt 1 stops at step 9"):
+        saving.commit(Journal(two.journal, "abc", 1))
+    assert names(two) == ["step-3-attempt-1", "step-7-attempt-1"]
+
+
+def test_non_finite() -> None:
+    assert checkpoint.non_finite({"a": 1.0, "w": torch.ones(3), "count": torch.tensor(7)}) is None
+    assert checkpoint.non_finite({"a": 1.0, "w": torch.tensor([1.0, float("nan")])}) == "w"
+    assert checkpoint.non_finite({"a": float("inf"), "w": torch.ones(3)}) == "a"

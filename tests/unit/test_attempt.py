@@ -1,0 +1,90 @@
+"""One attempt: what it says of the code that runs, and that it falls silent once a newer one has begun."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import harness
+from harness import journal
+from harness.attempt import Attempt
+from harness.checkpoint import Superseded
+from harness.dist import Ranks
+from harness.store import TrialFolder
+from tests.trials import trial
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+def _fail(attempt: Attempt) -> None:
+    raise ValueError("late")
+
+
+@pytest.mark.parametrize(
+    "last_word",
+    [
+        lambda a: a.end("finished", 5, "abc"),
+        lambda a: a.end("diverged", 5, None, "train/loss is nan"),
+        lambda a: a.stop(5, "SIGTERM"),
+        _fail,
+    ],
+    ids=["finished", "diverged", "stop", "failed"],
+)
+def test_the_last_word_of_a_superseded_attempt_is_not_heard(tmp_path: Path, last_word: Callable[[Attempt], object]) -> None:
+    folder = TrialFolder(tmp_path)
+    with pytest.raises((Superseded, ValueError)), Attempt(trial(), folder, ALONE) as attempt:
+        attempt.log(4, {"train/loss": 1.0})
+        folder.claim()
+        partial = folder.checkpoints / ".step-9-attempt-2"
+        partial.mkdir(parents=True)
+        last_word(attempt)
+    assert [line for line in journal.read(folder.journal) if "event" in line] == []
+    assert not folder.result.exists()
+    assert partial.exists(), "it tidies nothing away either"
+    assert not folder.is_running()
+
+
+def test_an_attempt_that_was_overtaken_while_it_waited_does_not_begin(tmp_path: Path) -> None:
+    folder = TrialFolder(tmp_path)
+    with folder.lock():  # the first attempt's
+        folder.claim()
+        folder.claim()
+        folder.result.write_text("{}")
+        overtaken = Attempt(trial(backend={"timeout_seconds": 5}), folder, ALONE, takes_over=True)
+        claim = folder.claim
+        folder.claim = lambda: (claim(), claim())[0]  # type: ignore[method-assign]  # a fourth, at the same moment
+        with pytest.raises(Superseded, match="attempt 3 stops at step 0"), overtaken:
+            pass
+    assert folder.result.exists()
+    assert not folder.journal.exists()
+    assert not folder.is_running()
+
+
+def test_the_code_is_named_by_the_snapshot_it_runs_from_and_else_by_its_checkout(tmp_path: Path) -> None:
+    """A store may lie in a checkout of something else, whose commit is not that of the code."""
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        return subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    def named() -> object:
+        program = "import json; from harness.attempt import _code; print(json.dumps(_code()))"
+        command = [sys.executable, "-P", "-c", program]
+        out = subprocess.run(command, env={"PYTHONPATH": str(code)}, check=True, capture_output=True, text=True, timeout=120)
+        return json.loads(out.stdout)
+
+    code = tmp_path / "runs/s/code/0123456789ab"
+    shutil.copytree(Path(harness.__path__[0]), code / "harness", ignore=shutil.ignore_patterns("__pycache__"))
+    git("init", "--quiet")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "something else")
+    assert named() == {"commit": git("rev-parse", "HEAD"), "code": None}
+    (code / "snapshot.json").write_text(json.dumps({"code": "0123456789ab", "commit": "abc-dirty", "time": "2026-01-01"}))
+    assert named() == {"commit": "abc-dirty", "code": "0123456789ab"}
