@@ -27,7 +27,7 @@ from harness import study, tracking
 from harness.config import Trial
 from harness.store import Store
 from tests.benchmarks import fused, sharding
-from tests.benchmarks.report import Row, publish, row, spread
+from tests.report import Row, publish, row, spread
 
 PAIRS = 5
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
@@ -99,7 +99,7 @@ def main() -> int:
     if unknown := [section for section in chosen if section not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]!r}; valid: {', '.join(SECTIONS)}")
     rows = {section: SECTIONS[section]() for section in chosen}
-    in_tables = [r for r in rows.get("sharding", []) if r["limit"] is None and not r.get("refused")]
+    in_tables = [r for r in rows.get("sharding", []) if r.limit is None and not r.refused]
     return publish("bench", [r for found in rows.values() for r in found], in_tables)
 
 

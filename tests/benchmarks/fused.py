@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from harness import optim
 from harness.schedule import schedule
-from tests.benchmarks.report import row, spread
+from tests.report import Row, row, spread
 from tests.trials import trial
 
 SGD, ADAM = {"name": "sgd", "lr": 0.1}, {"name": "adam", "lr": 0.001}
@@ -73,7 +73,7 @@ class Took(NamedTuple):
     """until step() returned"""
 
 
-def compare(case: str, shapes: Sequence[Shape], device: torch.device, repetitions: int, *, limited: bool = True) -> dict[str, Any]:
+def compare(case: str, shapes: Sequence[Shape], device: torch.device, repetitions: int, *, limited: bool = True) -> Row:
     """The median ratio of `repetitions` pairs of steps, as a row. fp32; not limited: printed only."""
     block, decay, limit = CASES[case]
     t = trial(optimizer=block, decay=decay)

@@ -14,11 +14,10 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.benchmarks.report import Row
+    from tests.report import Row
 
 NEEDED = {"torch": "torch", "numpy": "numpy", "pydantic": "pydantic", "yaml": "pyyaml", "rich": "rich", "mlxtend": "mlxtend"}
 """module -> package"""
@@ -43,7 +42,7 @@ def main() -> int:
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else "CPU"
     print(f"{device}, torch {torch.__version__}, {'with' if _has_deepspeed() else 'without'} deepspeed", flush=True)
 
-    from tests.benchmarks.report import publish
+    from tests.report import publish
 
     pattern = arguments.k or ("" if cuda else SMALL)
     return publish("gpu-check", [*equivalence(arguments.device, pattern), *steps(arguments.device)])
@@ -59,9 +58,9 @@ def _has_deepspeed() -> bool:
 
 
 def equivalence(device: str, pattern: str) -> Iterator[Row]:
-    from tests.benchmarks.report import refused
     from tests.equivalence import cells, groups, problem, report
     from tests.equivalence.rank import EngineRun
+    from tests.report import refused
 
     groups.preload()
     course, worlds = (problem.FULL, report.worlds(device)) if device == "cuda" else (problem.SHORT, (1,))
@@ -71,17 +70,16 @@ def equivalence(device: str, pattern: str) -> Iterator[Row]:
         for cell in chosen
         if _has_deepspeed() or not any(isinstance(run, EngineRun) and run.trial.backend.name == "deepspeed" for run in cell.runs)
     ]
-    found = {row.name: asdict(row) for row in report.rows(possible, course, device, progress=True)} if possible else {}
+    found = {row.name: row for row in report.rows(possible, course, device, progress=True)} if possible else {}
     for cell in chosen:
-        row = found.get(cell.name) or refused(cell.name, "deepspeed is not installed")
-        yield row | {"figure": row["figure"] if row["figure"] is not None and math.isfinite(row["figure"]) else None}
+        yield found.get(cell.name) or refused(cell.name, "deepspeed is not installed")
 
 
 def steps(kind: str) -> Iterator[Row]:
     import torch
 
     from tests.benchmarks import fused
-    from tests.benchmarks.report import refused
+    from tests.report import refused
 
     device = torch.device(kind)
     if kind == "cpu":

@@ -23,11 +23,11 @@ from rich.table import Table
 
 from harness import models
 from harness.config import Trial
-from tests.benchmarks.report import Row, console, failed, refused, row
 from tests.benchmarks.shard_rank import IMAGE_SIZE, LINEAR, Held, Memory, Stall, Stalled, Update, replaced_model
 from tests.equivalence import groups
 from tests.equivalence.problem import BACKENDS, Backend
 from tests.equivalence.rank import Failed
+from tests.report import Row, console, failed, refused, row
 from tests.trials import trial
 
 SGD, ADAM = {"name": "sgd", "lr": 0.1}, {"name": "adam", "lr": 0.001}

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from pathlib import Path
 
 from tests.equivalence import groups
 from tests.equivalence.problem import FULL
-
-REPORT = Path("build/equivalence.json")
+from tests.report import publish
 
 
 def main() -> int:
@@ -29,7 +27,7 @@ def main() -> int:
         print(f"error: -k: no row matches {arguments.k!r}; e.g. -k 'deepspeed 2'", file=sys.stderr)
         return 2
     rows = report.rows(cells, FULL, arguments.device, progress=True)
-    return report.publish(rows, REPORT)
+    return publish("equivalence", rows, style=".1e")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tests.equivalence.problem import (
     make,
 )
 from tests.equivalence.rank import ControlRun, EngineRun, Failed, Run, saved, state, trial_folder
+from tests.report import Row, failed, row
 
 FP32_LIMITS = (1e-6, 1e-5)
 """a limit is ten times what another order of summation does to the control, but at least and at most these"""
@@ -35,28 +36,6 @@ POWER = 100
 """a mistake must exceed the limit of its row so many times"""
 MUST_RUN = ("ddp", "deepspeed")
 """backends whose fp32 cells may not be refused"""
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    figure: float | None
-    limit: float | None
-    ok: bool
-    note: str = ""
-    refused: bool = False
-    exceeds: bool = False
-    """the figure must be above its limit"""
-
-    @property
-    def badness(self) -> float:
-        """Above 1: not within the limit."""
-        if self.limit is None or self.refused:
-            return math.inf if not self.ok else 0.0
-        if self.figure is None or math.isnan(self.figure):
-            return math.inf
-        over, under = (self.limit, self.figure) if self.exceeds else (self.figure, self.limit)
-        return over / under if under else (0.0 if over == 0 else math.inf)
 
 
 class Results:
@@ -106,9 +85,9 @@ class Cell:
         try:
             return self.judge(results, self.name)
         except Failed as error:
-            return Row(self.name, None, None, False, _brief(str(error)))
+            return failed(self.name, _brief(str(error)))
         except Exception as error:
-            return Row(self.name, None, None, False, f"{type(error).__name__}: {error}")
+            return failed(self.name, f"{type(error).__name__}: {error}")
 
 
 def _brief(text: str) -> str:
@@ -116,10 +95,6 @@ def _brief(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines()]
     where = next((line for line in reversed(lines) if line.startswith("File") and "site-packages" not in line), "")
     return f"{lines[-1][:300]} ({where})" if where else lines[-1][:300]
-
-
-def within(name: str, figure: float, limit: float, note: str = "", ok: bool = True) -> Row:
-    return Row(name, figure, limit, ok and figure <= limit, note)
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -155,7 +130,7 @@ def reordered(arm: str, results: Results, name: str) -> Row:
     clipped = results.of(control_run(results.course, arm)).clipped
     parts = ", ".join(f"{part} {results.reordered(arm, part):.1e}" for part in ("running", "moments"))
     note = f"{parts}; clipped in {clipped} of {results.course.steps} steps"
-    return within(name, results.reordered(arm), FP32_LIMITS[1], note, ok=0 < clipped < results.course.steps)
+    return row(name, results.reordered(arm), FP32_LIMITS[1], note, ok=0 < clipped < results.course.steps)
 
 
 def equal(run: EngineRun, arm: str, results: Results, name: str) -> Row:
@@ -168,7 +143,7 @@ def compared(name: str, ours: State, theirs: State, limits: Mapping[str, float])
     figures = {part: distance(getattr(ours, part), getattr(theirs, part)) for part in limits}
     shown = next((part for part in limits if not figures[part] <= limits[part]), "weights")
     notes = [f"{part} {figures[part]:.1e} of {limits[part]:.1e}" for part in limits if part != shown]
-    return within(name, figures[shown], limits[shown], ", ".join([*([f"figure: {shown}"] if shown != "weights" else []), *notes]))
+    return row(name, figures[shown], limits[shown], ", ".join([*([f"figure: {shown}"] if shown != "weights" else []), *notes]))
 
 
 def recorded(run: EngineRun, control: ControlRun, results: Results, name: str) -> Row:
@@ -201,20 +176,20 @@ def evaluated_loss(runs: Sequence[Run], results: Results, name: str) -> Row:
     losses = {run.name.rpartition(", ")[2]: results.of(run).evaluation.loss for run in runs[1:]}
     losses["control"] = results.of(runs[0]).evaluation.loss
     note = ", ".join(f"{who} {loss:.6f}" for who, loss in losses.items())
-    return within(name, max(losses.values()) - min(losses.values()), LOSS_LIMIT, note)
+    return row(name, max(losses.values()) - min(losses.values()), LOSS_LIMIT, note)
 
 
 def evaluated_predictions(runs: Sequence[Run], results: Results, name: str) -> Row:
     """The largest share of digits that any two predict differently."""
     found = [results.of(run).evaluation.predictions for run in runs]
     unequal = max(int((a != b).sum()) for a, b in itertools.combinations(found, 2))
-    return within(name, unequal / EVALUATED, PREDICTION_LIMIT, f"{unequal} of {EVALUATED} digits")
+    return row(name, unequal / EVALUATED, PREDICTION_LIMIT, f"{unequal} of {EVALUATED} digits")
 
 
 def saved_is_evaluated(runs: Sequence[Run], results: Results, name: str) -> Row:
     runs = [run for run in runs if isinstance(run, EngineRun)]
     unlike = {entry for run in runs for entry in results.of(run).unlike}
-    return within(name, float(len(unlike)), 0.0, f"weights and buffers, {len(runs)} run(s); {', '.join(sorted(unlike)) or 'bit-equal'}")
+    return row(name, float(len(unlike)), 0.0, f"weights and buffers, {len(runs)} run(s); {', '.join(sorted(unlike)) or 'bit-equal'}")
 
 
 # -------------------------------------------------------------------------------------------------- table

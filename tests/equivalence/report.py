@@ -1,26 +1,22 @@
-"""From cells to rows to a table on any kind of output."""
+"""From cells to rows: does the runs, tells how far it is."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from harness import models
 from tests.equivalence import groups
-from tests.equivalence.cells import Cell, Results, Row
+from tests.equivalence.cells import Cell, Results
 from tests.equivalence.problem import ARMS, BACKENDS, Course, Digits, make
 from tests.equivalence.rank import Run
+from tests.report import Row
 
 
 def worlds(device: str) -> tuple[int, ...]:
@@ -63,35 +59,3 @@ class _Progress:
         print(
             f"\r\x1b[K{line}" if terminal else line, end="" if terminal and self._done < self._runs else "\n", file=sys.stderr, flush=True
         )
-
-
-def publish(found: Sequence[Row], path: Path) -> int:
-    """Prints the table and the verdict, writes the rows as JSON; the exit status."""
-    shown = Table(box=None, pad_edge=False)
-    for title, justify in (("", "left"), ("cell", "left"), ("figure", "right"), ("limit", "right"), ("note", "left")):
-        shown.add_column(title, justify=justify, no_wrap=title not in ("cell", "note"), overflow="fold")  # type: ignore[arg-type]
-    for row in found:
-        verdict = "refused" if row.refused else "ok" if row.ok else "FAIL"
-        shown.add_row(verdict, row.name, _number(row.figure), _limit(row), row.note.replace("[", r"\["))
-    Console(width=None if sys.stdout.isatty() else 180).print(shown)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([_plain(row) for row in found], indent=1) + "\n")
-    worst = max(found, key=lambda row: (not row.ok, row.badness))
-    refused, passed = sum(row.refused for row in found), all(row.ok for row in found)
-    print(
-        f"{'PASS' if passed else 'FAIL'} equivalence: {len(found)} cells, {refused} refused, worst {worst.name} {_number(worst.figure)} of {_limit(worst) or 'no limit'}"
-    )
-    return 0 if passed else 1
-
-
-def _number(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:.1e}"
-
-
-def _limit(row: Row) -> str:
-    return "" if row.limit is None else f"{'>' if row.exceeds else ''}{row.limit:.1e}"
-
-
-def _plain(row: Row) -> dict[str, object]:
-    figure = row.figure if row.figure is not None and math.isfinite(row.figure) else None
-    return asdict(row) | {"figure": figure}

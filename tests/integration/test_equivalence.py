@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from tests.equivalence import groups, report
-from tests.equivalence.cells import Cell, Results, Row, control_run, table
+from tests.equivalence.cells import Cell, Results, control_run, table
 from tests.equivalence.problem import BACKENDS, MOVED, SHORT
 from tests.equivalence.rank import ControlRun, EngineRun
 from tests.integration import ranks  # noqa: F401 - its list of preloaded modules must not come after this one's
+from tests.report import Row, publish
 
 groups.preload()
 
@@ -59,7 +60,7 @@ class Killed(ControlRun):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_run_that_fails_costs_its_own_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_costs_its_own_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One rank killed, one run that raises on every rank, and the runs that shared its process group."""
     good = next(cell for cell in CELLS if cell.name == "ddp 0, SGDW normalised")
     (run,) = (run for run in good.runs if isinstance(run, EngineRun))
@@ -80,7 +81,8 @@ def test_a_run_that_fails_costs_its_own_cells(tmp_path: Path, capsys: pytest.Cap
     assert found[resumed.name].note == "needs beyond the end, which failed"
     assert not any(found[cell.name].ok for cell in bad)
 
-    assert report.publish(list(found.values()), tmp_path / "build" / "equivalence.json") == 1
+    monkeypatch.chdir(tmp_path)
+    assert publish("equivalence", list(found.values())) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL equivalence: 4 cells, 0 refused, worst ")
 
 
