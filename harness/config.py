@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -601,8 +602,8 @@ class Study(Frozen):
 # ------------------------------------------------------------------------------------------------- cluster
 
 
-class Cluster(Frozen):
-    """configs/cluster/NAME.yaml: where trials run."""
+class Local(Frozen):
+    """configs/cluster/NAME.yaml for this machine."""
 
     executor: Literal["local", "debug"] = Field(
         description="local: submitit processes on this machine; debug: in this process, one rank, accumulating", examples=["local"]
@@ -611,6 +612,144 @@ class Cluster(Frozen):
     threads_per_rank: Whole = Field(1, ge=1, description="CPU threads of torch in each rank; part of bit-equality on CPU", examples=[1])
     max_parallel: Whole = Field(1, ge=1, description="trials at a time", examples=[1])
     timeout_minutes: Whole = Field(1440, ge=1, description="of one job; submitit's own default is two minutes", examples=[1440])
+
+
+def _one_word(value: str) -> str:
+    if len(value.split()) != 1 or value.strip() != value:
+        raise ValueError("must be one word")
+    return value
+
+
+def _one_line(value: str) -> str:
+    if not value.strip() or len(value.splitlines()) != 1:
+        raise ValueError("must be one line of text")
+    return value
+
+
+Word = Annotated[str, AfterValidator(_one_word)]
+Line = Annotated[str, AfterValidator(_one_line)]
+
+OURS = {
+    "array": "array_parallelism", "job-name": "", "comment": "", "output": "", "error": "", "open-mode": "", "requeue": "",
+    "no-requeue": "", "wrap": "", "parsable": "", "wait": "", "test-only": "", "dependency": "", "signal": "signal and signal_lead_seconds",
+    "nodes": "nodes", "ntasks": "tasks_per_node", "ntasks-per-node": "tasks_per_node", "gpus-per-node": "gpus_per_node",
+    "cpus-per-task": "cpus_per_task", "mem": "mem_gb", "time": "time_minutes", "partition": "partition", "account": "account",
+    "qos": "qos", "constraint": "constraint",
+}  # fmt: skip
+"""sbatch's options that wrbench gives itself, and the key of a cluster file that stands for each"""
+
+
+class Slurm(Frozen):
+    """configs/cluster/NAME.yaml for a SLURM cluster. What a site does not ask for is left out of the script."""
+
+    executor: Literal["slurm"]
+    nodes: Whole = Field(1, ge=1, description="of a trial, for studies that do not say `ranks`", examples=[2])
+    gpus_per_node: Whole | None = Field(None, ge=1, description="of a full node, one task each; null: tasks on the CPU", examples=[8])
+    tasks_per_node: Whole | None = Field(None, ge=1, description="of a full node; null: gpus_per_node, or without GPUs one", examples=[8])
+    cpus_per_task: Whole = Field(1, ge=1, examples=[8])
+    threads_per_rank: Whole = Field(1, ge=1, description="CPU threads of torch in each rank; part of bit-equality on CPU", examples=[1])
+    mem_gb: Number | None = Field(None, gt=0, description="memory a node; null: the partition's default", examples=[64])
+    time_minutes: Whole = Field(ge=1, description="limit of one life of a job; it is requeued and goes on", examples=[720])
+    partition: Word | None = Field(None, examples=["gpu"])
+    account: Word | None = Field(None, examples=["vision"])
+    qos: Word | None = Field(None, examples=["normal"])
+    constraint: Word | None = Field(None, examples=["a100"])
+    array_parallelism: Whole | None = Field(None, ge=1, description="tasks of an array at a time; null: as many as fit", examples=[16])
+    trials_per_task: Whole = Field(1, ge=1, description="small trials that share an array task, one after the other", examples=[4])
+    setup: tuple[Line, ...] = Field((), description="shell lines of the batch script, before anything else", examples=[["module load gcc"]])
+    srun_args: tuple[Line, ...] = Field((), description="added to srun for the ranks", examples=[["--gpus-per-task=1"]])
+    python: Line | None = Field(
+        None,
+        description="the ranks' Python, as a command; null: the one that submits. For a container: the one in it",
+        examples=["python3"],
+    )
+    sbatch: dict[str, Any] = Field(
+        {}, description="any other long option of sbatch -> its value; true: an option without one", examples=[{"exclude": "n1"}]
+    )
+    signal: Literal["USR2", "USR1", "TERM", "INT", "HUP", "URG"] = Field(
+        "USR2", description="tells the ranks to save themselves before the time limit; NCCL catches USR1", examples=["USR2"]
+    )
+    signal_lead_seconds: Whole = Field(120, ge=10, le=65535, description="before the limit; SLURM may be a minute early", examples=[120])
+    max_timeouts: Whole = Field(20, ge=0, description="lives that may end at the time limit; past it a trial is `exhausted`", examples=[20])
+    max_retries: Whole = Field(3, ge=0, description="of a trial that fails without a new checkpoint in between", examples=[3])
+    stall_timeout_seconds: Whole = Field(
+        900, ge=5, description="without a line in the journal the ranks are killed; above the longest evaluation or save", examples=[900]
+    )
+    overrides: dict[Literal["search", "finalists", "chain"], dict[str, Any]] = Field(
+        {}, description="other values for the trials of a phase, or for the job that --chain adds", examples=[{"finalists": {"nodes": 2}}]
+    )
+
+    @field_validator("sbatch")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, given in value.items():
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+                raise ValueError(f"{key}: is no long option of sbatch; e.g. exclude")
+            if key in OURS:
+                raise ValueError(f"{key}: is given by wrbench itself" + (f"; use {OURS[key]}" if OURS[key] else ""))
+            if given is not True and (not isinstance(given, str | int) or given is False or "\n" in str(given)):
+                raise ValueError(f"{key}: {given!r} must be a line of text, a number or true; e.g. {{exclude: n1}}")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.signal_lead_seconds >= 60 * self.time_minutes:
+            raise ValueError(
+                f"signal_lead_seconds: {self.signal_lead_seconds} must be below time_minutes, {60 * self.time_minutes} s; "
+                f"e.g. {max(10, 30 * self.time_minutes)}"
+            )
+        for phase in self.overrides:
+            self.of_phase(phase)
+        return self
+
+    def of_phase(self, phase: str) -> Slurm:
+        """What holds for the trials of a phase: this, with its overrides. Raises ValueError for one that cannot be."""
+        own: dict[str, Any] = {**self.overrides}.get(phase, {})  # type: ignore[call-overload]
+        if unknown := sorted(set(own) - (set(type(self).model_fields) - {"executor", "overrides"})):
+            raise ValueError(f"overrides.{phase}.{unknown[0]}: unknown key")
+        document = self.model_dump(exclude_unset=True, exclude={"overrides"}) | own
+        try:
+            return Slurm.model_validate(document)
+        except ValidationError as error:
+            raise ValueError("; ".join(f"overrides.{phase}.{line}" for line in _explain(error, Slurm, str))) from None
+
+    def shape(self, ranks: int | None) -> Shape:
+        """The nodes and tasks that a trial of `ranks` processes takes. Raises BadInput when they do not fill nodes evenly."""
+        full = self.tasks_per_node or self.gpus_per_node or (ranks if ranks is not None and self.nodes == 1 else 1) or 1
+        if ranks is None:
+            return Shape(self.nodes, full, self.gpus_per_node and full, self)
+        nodes = -(-ranks // full)
+        if ranks % nodes:
+            raise BadInput(f"ranks: {ranks} do not fill nodes of {full} tasks evenly; e.g. {ranks // full * full} or {nodes * full}")
+        tasks = ranks // nodes
+        return Shape(nodes, tasks, self.gpus_per_node and min(tasks, self.gpus_per_node), self)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one array asks of the scheduler for each of its tasks."""
+
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int | None
+    cluster: Slurm
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+Cluster = Local | Slurm
+
+
+def read_cluster(name: str) -> Cluster:
+    """The cluster file of a name in configs/cluster, or of a path."""
+    path = find("cluster", name)
+    document = read_yaml(path)
+    executor = document.get("executor", "local")
+    if executor not in ("local", "debug", "slurm"):
+        raise BadInput(f"{path}: executor: {executor!r} is not known; valid: debug, local, slurm")
+    return parse(Slurm, document, str(path)) if executor == "slurm" else parse(Local, document, str(path))
 
 
 # ------------------------------------------------------------------------------------ files and their errors

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,13 +20,16 @@ import typer
 
 from harness import study as studies
 from harness import tracking
-from harness.config import CONFIGS, BadInput, Cluster, Trial, find, parse, read_yaml
+from harness.config import CONFIGS, BadInput, Slurm, Trial, find, parse, read_cluster, read_yaml
 from harness.store import Store
 from harness.study import LoadedStudy
 from harness.tracking import DeliveryError
+from launch import array as arrays
 from launch import plan as plans
 from launch import status as statuses
 from launch import submit as submissions
+from launch.ledger import Ledger
+from launch.slurm import SlurmError
 from launch.terminal import bar, console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="AdamWR against SGDWR, measured.")
@@ -55,7 +59,7 @@ def run(commands: typer.Typer) -> int:
         return int(commands(prog_name="wrbench", standalone_mode=False) or 0)
     except BadInput as error:
         return _complain(str(error), 2)
-    except DeliveryError as error:
+    except (DeliveryError, SlurmError) as error:
         return _complain(str(error), 1)
     except UsageError as error:
         return _complain(f"{error.format_message()} (see --help)", 2)
@@ -78,11 +82,6 @@ def _load(file: str, overrides: Sequence[str] | None) -> LoadedStudy:
     return studies.load(find("study", file), overrides or ())
 
 
-def _cluster(name: str) -> Cluster:
-    path = find("cluster", name)
-    return parse(Cluster, read_yaml(path), str(path))
-
-
 # ---------------------------------------------------------------------------------------------------- study
 
 
@@ -96,7 +95,7 @@ def plan(
     store: StoreOption = RUNS,
 ) -> None:
     """Trials, steps, cycle ends and estimated cost, without starting anything."""
-    loaded, where = _load(file, overrides), _cluster(cluster)
+    loaded, where = _load(file, overrides), read_cluster(cluster)
     if as_json:
         print(json.dumps(plans.as_json(loaded, Store(store), where, schedule), indent=2))
         return
@@ -115,13 +114,24 @@ def submit(
     cluster: ClusterOption = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be submitted, and stop")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="go on in the background and return at once")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="failed trials too")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="failed and exhausted trials too")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="SLURM: cancel trials that left the study file")] = False,
+    chain: Annotated[bool, typer.Option("--chain", help="SLURM: finalists and report follow as a dependent job")] = False,
     phase: Annotated[Literal["search", "finalists"] | None, typer.Option("--phase", help="only this phase")] = None,
     overrides: SetOption = None,
     store: StoreOption = RUNS,
 ) -> int:
     """Run what is missing of a study; trials that are finished or running are left alone."""
-    loaded, where, kept = _load(file, overrides), _cluster(cluster), Store(store)
+    loaded, where, kept = _load(file, overrides), read_cluster(cluster), Store(store)
+    if isinstance(where, Slurm):
+        if dry_run:
+            print("\n".join(arrays.dry_run(loaded, kept, where, phase, retry)))
+            _warn(loaded)
+            return 0
+        done, over = arrays.submit(loaded, kept, where, phase=phase, retry=retry, prune=prune, chain=chain)
+        return deliver_and_report(loaded, kept) if chain and over else done
+    if prune or chain:
+        raise BadInput(f"--{'prune' if prune else 'chain'}: is for SLURM; {cluster} is executor {where.executor}")
     if dry_run:
         print("\n".join(submissions.dry_run(loaded, kept, phase, retry)))
         _warn(loaded)
@@ -141,19 +151,37 @@ def status(
     store: StoreOption = RUNS,
 ) -> None:
     """Where every trial of a study stands."""
-    loaded = _load(file, overrides)
+    loaded, kept = _load(file, overrides), Store(store)
     if as_json:
-        found = [asdict(row) for row in statuses.rows(loaded, Store(store))]
+        _deliver_from_here(loaded, kept)
+        found = [asdict(row) for row in statuses.rows(loaded, kept)]
         print(json.dumps({"study": loaded.name, "trials": found}, indent=2))
+    elif watch:
+        with tracking.start_delivery(kept, loaded.name) if arrays.is_by_slurm(kept, loaded.name) else nullcontext():
+            statuses.show(loaded, kept, watch)
     else:
-        statuses.show(loaded, Store(store), watch)
+        statuses.show(loaded, kept, watch)
+        _deliver_from_here(loaded, kept)
+
+
+def _deliver_from_here(loaded: LoadedStudy, store: Store) -> None:
+    """What jobs of a cluster have only written down: they do not write to the embedded store themselves."""
+    if not arrays.is_by_slurm(store, loaded.name) or not tracking.undelivered(store, loaded.name):
+        return
+    try:
+        failed = tracking.deliver(store, loaded.name).failed
+    except DeliveryError as error:
+        failed = (str(error),)
+    for reason in failed:
+        print(f"warning: not delivered to MLflow: {reason}", file=sys.stderr)
 
 
 @study.command("cancel")
 def cancel(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> None:
     """Stop a study; running trials save themselves first."""
-    loaded = _load(file, overrides)
-    print("\n".join(submissions.cancel(loaded, Store(store))) or f"nothing of {loaded.name} is running")
+    loaded, kept = _load(file, overrides), Store(store)
+    stopped = [*arrays.cancel(loaded, kept), *submissions.cancel(loaded, kept)]
+    print("\n".join(stopped) or f"nothing of {loaded.name} is running")
 
 
 @study.command("logs")
@@ -164,7 +192,8 @@ def logs(
     store: StoreOption = RUNS,
 ) -> None:
     """The ends of the newest logs of a trial, rank by rank."""
-    print("\n".join(statuses.logs(statuses.find_trial(_load(file, overrides), Store(store), trial))))
+    loaded, kept = _load(file, overrides), Store(store)
+    print("\n".join(statuses.logs(statuses.find_trial(loaded, kept, trial), Ledger(kept.study(loaded.name)))))
 
 
 # ---------------------------------------------------------------------------------------------------- trial
@@ -257,16 +286,20 @@ def _deliver(loaded: LoadedStudy, store: Store) -> tuple[tracking.Delivered, lis
 @app.command("report")
 def report(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> int:
     """Tables, figures and the comparison of a study."""
+    return deliver_and_report(_load(file, overrides), Store(store))
+
+
+def deliver_and_report(loaded: LoadedStudy, store: Store) -> int:
+    """Delivers what MLflow lacks, writes the report and prints where; the exit status."""
     from analysis import report as reports
     from analysis.runs import Unreadable
 
-    loaded, kept = _load(file, overrides), Store(store)
     try:
-        _, undelivered = _deliver(loaded, kept)
+        _, undelivered = _deliver(loaded, store)
     except DeliveryError as error:
         undelivered = [str(error)]
     try:
-        print(reports.report(loaded, kept.root, undelivered=undelivered))
+        print(reports.report(loaded, store.root, undelivered=undelivered))
     except Unreadable as error:
         return _complain(str(error), 1)
     return _complain("\n".join(undelivered), 1) if undelivered else 0

@@ -11,11 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from harness import journal, schedule
-from harness.config import BadInput, Cluster, Trial
+from harness.config import BadInput, Cluster, Slurm, Trial
 from harness.data.index import Index
 from harness.store import Store
 from harness.study import LoadedStudy, Planned, planned, warnings
 from launch.local import places, visible_gpus
+from launch.standing import standings
 from launch.submit import any_trial, world_size
 from launch.terminal import duration, table
 
@@ -72,7 +73,7 @@ def schedule_rows(trial: Trial) -> Iterator[dict[str, Any]]:
 
 def as_json(loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: bool) -> dict[str, Any]:
     """The mapping of `plan --json`; a pending finalist has neither id nor cycle ends yet."""
-    plan = planned(loaded, store.results(loaded.name))
+    plan = planned(loaded, standings(store, loaded.name).results())
     per_step = measured_seconds_per_step(any_trial(loaded), world_size(loaded, cluster), store)
     steps = schedule.total_steps(any_trial(loaded))
     trials = []
@@ -105,7 +106,7 @@ def plan_warnings(loaded: LoadedStudy) -> list[str]:
 
 def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: bool) -> None:
     """Prints the table of trials, the cost and the warnings."""
-    plan = planned(loaded, store.results(loaded.name))
+    plan = planned(loaded, standings(store, loaded.name).results())
     ranks = world_size(loaded, cluster)
     steps = schedule.total_steps(any_trial(loaded))
     cells = [(p.trial.trial_id if p.trial else "pending", p.arm, p.phase, str(p.seed), str(steps), _point(loaded, p.trial)) for p in plan]
@@ -113,7 +114,7 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
     for line in dict.fromkeys(_cycles(p.trial) for p in plan if p.trial):
         out.print(line, soft_wrap=True)
     per_step = measured_seconds_per_step(any_trial(loaded), ranks, store)
-    at_once = len(places(cluster.max_parallel, ranks, visible_gpus()))
+    at_once = _at_once(cluster, ranks, len(plan))
     cost = duration(math.ceil(len(plan) / at_once) * steps * per_step) + " of training" if per_step else NOT_MEASURED
     out.print(
         f"{loaded.name}: {len(plan)} trials of {steps} steps, {ranks} rank(s) each, {at_once} at a time; estimated cost: {cost}",
@@ -121,6 +122,13 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
     )
     if with_schedule:
         _show_schedules(out, plan)
+
+
+def _at_once(cluster: Cluster, ranks: int, trials: int) -> int:
+    """Trials that run at a time; under SLURM as many as an array may, as if the cluster were free."""
+    if isinstance(cluster, Slurm):
+        return min(trials, cluster.array_parallelism or trials)
+    return len(places(cluster.max_parallel, ranks, visible_gpus()))
 
 
 def _cycles(trial: Trial) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,16 @@ from harness import journal, schedule, tracking
 from harness.config import BadInput, Trial
 from harness.store import ENDED, Store, TrialFolder, TrialState
 from harness.study import LoadedStudy, planned
-from launch.ledger import Ledger, Submitter, is_alive
+from launch import slurm
+from launch.ledger import Entry, Ledger, Life
+from launch.standing import Standing, Standings, standings
 from launch.terminal import console, duration, table
 
-COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow", "diverged": "magenta", "pending": "dim"}
-ORDER = ("running", "queued", "interrupted", "failed", "diverged", "finished", "pending")
+COLOURS = {
+    "running": "cyan", "finished": "green", "failed": "red", "interrupted": "yellow", "diverged": "magenta", "pending": "dim",
+    "exhausted": "red", "cancelled": "yellow",
+}  # fmt: skip
+ORDER = ("running", "queued", "interrupted", "cancelled", "failed", "exhausted", "diverged", "finished", "pending")
 
 
 def label(trial: Trial) -> str:
@@ -42,57 +48,108 @@ class Row:
     state: str
     step: int
     total_steps: int
-    attempts: int
-    job_id: str | None
-    run_id: str | None
-    last_error: str | None
-    holdout_top1: float | None
+    attempts: int = 0
+    job_id: str | None = None
+    run_id: str | None = None
+    last_error: str | None = None
+    holdout_top1: float | None = None
     """at the last completed cycle, a fraction"""
-    seconds_left: float | None
+    seconds_left: float | None = None
     """of training, while it runs"""
+    expected_finish: str | None = None
+    """local time, of a trial that runs"""
+    preemptions: int = 0
+    """and other returns to the queue that were no failure"""
+    failures: int = 0
+    """lives that ended in an error and were tried again"""
+    gpu_hours: float | None = None
+    """hours x ranks that SLURM gave to the trial's jobs"""
+    gpu_hours_lost: float | None = None
+    """of these, since the last checkpoint before an end that was none, and starting up again"""
+    nodes: str | None = None
+    """where it runs, or ran last"""
+    reason: str | None = None
+    """why it waits, in SLURM's words; a held one with the command that releases it"""
+    code: str | None = None
+    """the snapshot that its job runs: runs/STUDY/code/CODE"""
+    logs: tuple[str, ...] = ()
+    """paths of the newest life's, by rank"""
 
 
-def rows(loaded: LoadedStudy, store: Store) -> list[Row]:
+def rows(loaded: LoadedStudy, store: Store, now: Standings | None = None) -> list[Row]:
     """Every trial of the plan, in its order."""
-    lines = Ledger(store.study(loaded.name)).newest()
-    submitting = Submitter(store.study(loaded.name)).pid() is not None
-    plan = planned(loaded, store.results(loaded.name))
+    now = now or standings(store, loaded.name)
+    plan = planned(loaded, now.results())
     steps = next(schedule.total_steps(p.trial) for p in plan if p.trial is not None)
     out = []
     for p in plan:
         if p.trial is None:
-            out.append(Row(None, p.arm, p.seed, p.phase, "pending", 0, steps, 0, None, None, None, None, None))
-            continue
-        folder = store.trial(loaded.name, p.trial.trial_id)
-        out.append(_row(p.trial, folder, lines.get(p.trial.trial_id, {}), submitting))
+            out.append(Row(None, p.arm, p.seed, p.phase, "pending", 0, steps))
+        elif (standing := now.trials.get(p.trial.trial_id)) is None:
+            out.append(Row(p.trial.trial_id, p.arm, p.seed, p.phase, "pending", 0, schedule.total_steps(p.trial)))
+        else:
+            out.append(_row(p.trial, store.trial(loaded.name, p.trial.trial_id), standing))
     return out
 
 
-def _row(trial: Trial, folder: TrialFolder, line: dict[str, Any], submitting: bool) -> Row:
-    state = folder.state()
-    total = schedule.total_steps(trial)
+def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
+    total, entry, task, record = schedule.total_steps(trial), s.entry, s.task, s.record
+    left = (total - record.step) * record.seconds_per_step if record.seconds_per_step and s.state == "running" else None
+    lives = entry.lives
+    used, lost = hours(lives, list(journal.read(folder.journal)), time.time()) if lives else (None, None)
     return Row(
         trial_id=trial.trial_id,
         arm=trial.arm,
         seed=trial.seed,
         phase=trial.phase,
-        state="queued" if is_queued(state, line, folder, submitting) else state.state,
-        step=state.step,
+        state=s.state,
+        step=record.step,
         total_steps=total,
-        attempts=state.attempts,
-        job_id=line.get("job_id"),
+        attempts=record.attempts,
+        job_id=entry.job_id or entry.newest.get("job_id"),
         run_id=tracking.run_id(folder),
-        last_error=last_error(folder, state),
-        holdout_top1=state.metrics.get("anytime/holdout_top1"),
-        seconds_left=(total - state.step) * state.seconds_per_step if state.seconds_per_step and state.state == "running" else None,
+        last_error=last_error(folder, record) if s.state not in ("queued", "running") else None,
+        holdout_top1=record.metrics.get("anytime/holdout_top1"),
+        seconds_left=left,
+        expected_finish=None if left is None else datetime.fromtimestamp(time.time() + left).isoformat(timespec="minutes"),
+        preemptions=sum(life.requeued is not None for life in lives),
+        failures=sum(life.ended is not None and life.requeued is None and life.ended["state"] not in ENDED_WELL for life in lives),
+        gpu_hours=used,
+        gpu_hours_lost=lost,
+        nodes=lives[-1].started["nodes"] if lives else None,
+        reason=_reason(task) if task is not None and task.waits else None,
+        code=entry.code,
+        logs=tuple(map(str, newest_logs(folder))),
     )
 
 
-def is_queued(state: TrialState, line: dict[str, Any], folder: TrialFolder, submitting: bool) -> bool:
-    """Whether the attempt that the ledger's newest line speaks of is still to begin."""
-    if state.state == "running" or line.get("event") not in ("queued", "submitted") or state.attempts >= line["attempt"]:
-        return False
-    return submitting or is_alive(line, folder.logs)
+ENDED_WELL = ("finished", "diverged")
+
+
+def _reason(task: slurm.Task) -> str:
+    return f"{task.reason}: held; scontrol release {task.job_id}" if task.held else task.reason
+
+
+def hours(lives: Sequence[Life], lines: Sequence[Mapping[str, Any]], now: float) -> tuple[float, float]:
+    """(GPU-hours used, of these lost) by the lives of a trial under SLURM; lines of its journal; seconds since 1970.
+
+    Lost is what a life did after its last checkpoint, unless it ended the trial, and the start-up of every life but the first.
+    A life whose supervisor was killed with it ended at its last line in the journal.
+    """
+    used = lost = 0.0
+    for number, life in enumerate(lives):
+        own = [line for line in lines if line["attempt"] == life.started["attempt"]]
+        stamps = [line["timestamp"] / 1000 for line in own]
+        began = datetime.fromisoformat(life.started["time"]).timestamp()
+        runs = life.ended is None and number == len(lives) - 1
+        end = datetime.fromisoformat(life.ended["time"]).timestamp() if life.ended else now if runs else max([began, *stamps])
+        kept = [line["timestamp"] / 1000 for line in own if line.get("event") in ("checkpoint", "end")]
+        used += (end - began) * life.started["ranks"]
+        if not runs and not (life.ended and life.ended["state"] in ENDED_WELL):
+            lost += (end - max([began, *kept])) * life.started["ranks"]
+        if number and stamps:
+            lost += (min(stamps[0], end) - began) * life.started["ranks"]
+    return used / 3600, lost / 3600
 
 
 def last_error(folder: TrialFolder, state: TrialState) -> str | None:
@@ -101,7 +158,7 @@ def last_error(folder: TrialFolder, state: TrialState) -> str | None:
         return state.last_error
     if journal.fold(journal.read(folder.journal)).stopped:
         return None
-    found = [error for path in newest_logs(folder, "err") if (error := _final_error(path))]
+    found = [error for path in newest_logs(folder, "err") if (error := final_error(path))]
     if not found and state.state == "interrupted":
         return "ended without a word, as when it is killed"
     return found[0] if found else None
@@ -114,7 +171,7 @@ def newest_logs(folder: TrialFolder, kind: str = "*") -> list[Path]:
     return sorted(p for p in paths if p.name.startswith(f"{job}_"))
 
 
-def _final_error(path: Path) -> str | None:
+def final_error(path: Path) -> str | None:
     """The last line of the last traceback in a log."""
     _, found, trace = path.read_text(encoding="utf-8", errors="replace").rpartition("Traceback (most recent call last):")
     return next((line for line in trace.splitlines() if re.match(r"[A-Za-z_]", line)), None) if found else None
@@ -127,13 +184,15 @@ def show(loaded: LoadedStudy, store: Store, watch: bool) -> None:
     """Prints the table; with `watch` again and again until every trial has ended."""
     out = console()
     if not watch:
-        out.print(_screen(out, loaded, store, rows(loaded, store), room=None))
+        now = standings(store, loaded.name)
+        out.print(_screen(out, loaded, store, rows(loaded, store, now), now, room=None))
         return
     with Live(console=out, auto_refresh=False) as live:
         while True:
             began = time.monotonic()
-            found = rows(loaded, store)
-            screen = _screen(out, loaded, store, found, room=max(3, out.height - 8))
+            now = standings(store, loaded.name)
+            found = rows(loaded, store, now)
+            screen = _screen(out, loaded, store, found, now, room=max(3, out.height - 8))
             if out.is_terminal:
                 live.update(screen, refresh=True)
             else:
@@ -143,13 +202,28 @@ def show(loaded: LoadedStudy, store: Store, watch: bool) -> None:
             time.sleep(max(1.0 if out.is_terminal else 10.0, 10 * (time.monotonic() - began)))
 
 
-def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], room: int | None) -> Group:
-    """Table, errors, counts. With `room` for fewer lines than there are trials, those that move come first."""
+def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], now: Standings, room: int | None) -> Group:
+    """Table, what waits and why, errors, counts. With `room` for fewer lines than trials, those that move come first."""
     counts = Counter(r.state for r in found)
-    below = [f"{loaded.name}: " + ", ".join(f"{counts[s]} {s}" for s in ORDER if counts[s])]
-    others = {f.path.name for f in store.trials(loaded.name)} - {r.trial_id for r in found}
-    if others:
-        below.append(f"{len(others)} more trial(s) in the store are not in this plan: the file has changed, or other --set were given")
+    held = sum(folder.bytes() for folder in store.trials(loaded.name))
+    below = [
+        f"{loaded.name}: " + ", ".join(f"{counts[s]} {s}" for s in ORDER if counts[s]) + f"; {_size(held)} in {store.study(loaded.name)}"
+    ]
+    if any(r.gpu_hours is not None for r in found):
+        used, lost = (sum(h or 0.0 for h in column) for column in zip(*((r.gpu_hours, r.gpu_hours_lost) for r in found), strict=True))
+        below.append(f"{used:.2f} GPU-hours used, of these {lost:.2f} lost to restarts; {sum(r.preemptions for r in found)} times requeued")
+    below += [f"{r.trial_id} {r.arm} seed {r.seed} waits: {r.reason}" for r in found if r.reason and "held" in r.reason]
+    reasons = Counter(r.reason for r in found if r.reason and "held" not in r.reason)
+    below += [f"{n} queued: {reason}" for reason, n in reasons.most_common()]
+    if now.warning:
+        below.append(f"{now.warning}; states are the last known ones")
+    left = [trial_id for trial_id in now.trials if trial_id not in {r.trial_id for r in found}]
+    if left:
+        live = sum(now.trials[trial_id].live for trial_id in left)
+        moving = f", {live} of them queued or running (submit --prune cancels these)" if live else ""
+        below.append(
+            f"{len(left)} more trial(s) in the store are not in this plan{moving}: the file has changed, or other --set were given"
+        )
     if room is not None and len(found) > room:
         found = sorted(found, key=lambda r: ORDER.index(r.state))[:room]
     errors = [
@@ -160,26 +234,33 @@ def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], r
     return Group(_table(out, found), *errors, *map(Text, below))
 
 
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def _short(out: Console, row: Row) -> str:
     return (row.trial_id or "-")[: 8 if out.is_terminal else None]
 
 
 def _table(out: Console, found: list[Row]) -> Table:
-    columns = ("trial", "arm", "phase", "seed", "state", "step", "left", "attempt", "holdout/top1")
-    cells = [
-        (
-            _short(out, r),
-            r.arm,
-            r.phase,
-            str(r.seed),
-            Text(r.state, style=COLOURS.get(r.state, "")),
-            f"{r.step}/{r.total_steps}",
-            duration(r.seconds_left),
-            str(r.attempts),
-            "-" if r.holdout_top1 is None else f"{r.holdout_top1:.4f}",
-        )
-        for r in found
-    ]
+    by_slurm = any(r.gpu_hours is not None or r.reason for r in found)
+    columns = ["trial", "arm", "phase", "seed", "state", "step", "left", "attempt", "holdout/top1"]
+    if by_slurm:
+        columns += ["requeued", "hours", "lost", "job", "nodes"]
+    cells = []
+    for r in found:
+        of_one: list[str | Text] = [
+            _short(out, r), r.arm, r.phase, str(r.seed), Text(r.state, style=COLOURS.get(r.state, "")), f"{r.step}/{r.total_steps}",
+            duration(r.seconds_left), str(r.attempts), "-" if r.holdout_top1 is None else f"{r.holdout_top1:.4f}",
+        ]  # fmt: skip
+        if by_slurm:
+            hours = ("-" if h is None else f"{h:.2f}" for h in (r.gpu_hours, r.gpu_hours_lost))
+            of_one += [str(r.preemptions), *hours, r.job_id or "-", r.nodes or "-"]
+        cells.append(of_one)
     return table(columns, cells)
 
 
@@ -196,9 +277,12 @@ def find_trial(loaded: LoadedStudy, store: Store, prefix: str) -> TrialFolder:
     return folders[0]
 
 
-def logs(folder: TrialFolder, tail: int = 20) -> Iterator[str]:
-    """Lines: the paths of the newest job's logs, each with its last `tail` lines."""
+def logs(folder: TrialFolder, ledger: Ledger, tail: int = 20) -> Iterator[str]:
+    """Lines: the paths of the newest job's logs, each with its last `tail` lines; last those of a SLURM job's batch script."""
     paths = newest_logs(folder)
+    entry = ledger.entries().get(folder.path.name, Entry())
+    if entry.token and entry.job_id:
+        paths += sorted((ledger.path.parent / "submissions" / entry.token).glob(f"{entry.job_id}_*_log.*"))
     if not paths:
         yield f"{folder.logs}: no logs yet"
     for path in paths:

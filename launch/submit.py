@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from harness import schedule, tracking
-from harness.config import Cluster, Trial
+from harness.config import BadInput, Cluster, Local, Slurm, Trial
 from harness.data.index import Index
 from harness.store import ENDED, Store, TrialFolder, TrialState, write_atomically
 from harness.study import LoadedStudy, Planned, planned
@@ -27,6 +27,7 @@ from launch.job import Job
 from launch.ledger import Ledger, Submitter, is_alive
 from launch.local import SECONDS_TO_SAVE, Running, Stop, deaf_to_the_terminal, places, saved, visible_gpus, wind_down
 from launch.progress import Snapshot, View, view
+from launch.standing import standings
 from launch.status import label, last_error, rows
 
 # ------------------------------------------------------------------------------- before anything is written
@@ -39,11 +40,15 @@ def any_trial(loaded: LoadedStudy) -> Trial:
 
 def world_size(loaded: LoadedStudy, cluster: Cluster) -> int:
     """Processes a trial: one in the debug executor, else as the study says, else as the cluster file says."""
+    if isinstance(cluster, Slurm):
+        return cluster.shape(loaded.study.ranks).ranks
     return 1 if cluster.executor == "debug" else loaded.study.ranks or cluster.ranks
 
 
-def check(loaded: LoadedStudy, store: Store, cluster: Cluster) -> None:
+def check(loaded: LoadedStudy, store: Store, cluster: Local) -> None:
     """BadInput, a line a mistake, unless every trial of the study could start now."""
+    if waiting := [trial_id for trial_id, s in standings(store, loaded.name).trials.items() if s.live and s.entry.token]:
+        raise BadInput(f"{loaded.name}: {len(waiting)} of its trials are queued or running in SLURM; wait, or: wrbench study cancel")
     data = loaded.workload.data
     any_trial(loaded).micro_batch_size(world_size(loaded, cluster))
     Index.load(data.path).check(data)
@@ -58,7 +63,7 @@ class Submission:
     """One submitter's work. Its `problems` are what keeps the study from being complete, a line each."""
 
     def __init__(
-        self, loaded: LoadedStudy, store: Store, cluster: Cluster, view: View, stop: Stop, *, phase: str | None, retry: bool
+        self, loaded: LoadedStudy, store: Store, cluster: Local, view: View, stop: Stop, *, phase: str | None, retry: bool
     ) -> None:
         self.loaded, self.store, self.cluster, self.view, self.stop = loaded, store, cluster, view, stop
         self.phase, self.retry = phase, retry
@@ -237,7 +242,7 @@ def _in_this_process(job: Job) -> str:
 # --------------------------------------------------------------------------------------------- what is asked for
 
 
-def submit(loaded: LoadedStudy, store: Store, cluster: Cluster, *, phase: str | None, retry: bool, again: str) -> int:
+def submit(loaded: LoadedStudy, store: Store, cluster: Local, *, phase: str | None, retry: bool, again: str) -> int:
     """Runs what is missing, in the foreground; the exit status. `again` is the command that goes on after an interruption."""
     check(loaded, store, cluster)
     with ExitStack() as delivering:
@@ -267,7 +272,7 @@ def _standing(loaded: LoadedStudy, store: Store, submitted: int) -> str:
     return f"submitted {submitted}, running {running}, finished {sum(r.state == 'finished' for r in found)}"
 
 
-def detach(loaded: LoadedStudy, store: Store, cluster: Cluster, arguments: Sequence[str]) -> str:
+def detach(loaded: LoadedStudy, store: Store, cluster: Local, arguments: Sequence[str]) -> str:
     """Starts `wrbench ARGUMENTS` in a session of its own; a line that says where it went."""
     check(loaded, store, cluster)
     folder = store.study(loaded.name) / "submissions"
@@ -287,7 +292,7 @@ def dry_run(loaded: LoadedStudy, store: Store, phase: str | None, retry: bool) -
         if phase not in (None, r.phase):
             continue
         name = f"{r.arm} seed {r.seed} {r.trial_id or '(decided by the search)'}"
-        if r.state in ("finished", "diverged", "running", "queued") or (r.state == "failed" and not retry):
+        if r.state in ("finished", "diverged", "running", "queued") or (r.state in ("failed", "exhausted") and not retry):
             lines.append(f"skip    {name}: {r.state}")
         else:
             lines.append(f"{'later ' if r.trial_id is None else 'submit'}  {name}: {r.state} at step {r.step} of {r.total_steps}")

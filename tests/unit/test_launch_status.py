@@ -99,10 +99,11 @@ def test_logs_are_found_by_the_beginning_of_an_id(loaded: LoadedStudy, store: St
     write_trial(store, trial, "failed", until=0.1)
     write_trial(store, other, "failed", until=0.1)
     folder = status.find_trial(loaded, store, trial.trial_id[:6])
-    assert list(status.logs(folder)) == [f"{folder.logs}: no logs yet"]
+    ledger = Ledger(store.study(loaded.name))
+    assert list(status.logs(folder, ledger)) == [f"{folder.logs}: no logs yet"]
     for rank in (0, 1):
         (folder.logs / f"12_{rank}_log.err").write_text("\n".join(f"rank {rank} line {i}" for i in range(50)))
-    lines = list(status.logs(folder, tail=2))
+    lines = list(status.logs(folder, ledger, tail=2))
     assert lines[0] == f"==> {folder.logs}/12_0_log.err <==" and lines[1:3] == ["rank 0 line 48", "rank 0 line 49"]
     assert len(lines) == 6
     for prefix in ("zz", ""):

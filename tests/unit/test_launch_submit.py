@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import BadInput, Cluster, Trial
+from harness.config import BadInput, Local, Trial
 from harness.store import Store
 from harness.study import LoadedStudy, planned
 from launch import submit
@@ -42,7 +42,7 @@ def test_gpus_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_study_s_ranks_come_before_the_cluster_s(tmp_path: Path) -> None:
-    local, debug = Cluster(executor="local", ranks=4), Cluster(executor="debug", ranks=4)
+    local, debug = Local(executor="local", ranks=4), Local(executor="debug", ranks=4)
     loaded = write_study(Store(tmp_path), STUDY)
     assert (submit.world_size(loaded, local), submit.world_size(loaded, debug)) == (4, 1)
     loaded = write_study(Store(tmp_path), STUDY | {"ranks": 2})
@@ -56,7 +56,7 @@ def test_nothing_is_submitted_when_all_has_ended_and_failures_are_named(tmp_path
         write_trial(store, one, {1: "failed", 2: "diverged"}.get(place, "finished"), until=0.4 if place in (1, 2) else 1.0)
     failed = searched(loaded)[1]
     with Stop() as stop:
-        work = Submission(loaded, store, Cluster(executor="local"), Lines(console()), stop, phase=None, retry=False)
+        work = Submission(loaded, store, Local(executor="local"), Lines(console()), stop, phase=None, retry=False)
         work.run()
     assert work.submitted == 0 and not (store.study(loaded.name) / "ledger.jsonl").exists()
     assert len(work.problems) == 1 and failed.trial_id in work.problems[0] and "--retry" in work.problems[0]
@@ -68,7 +68,7 @@ def test_finalists_that_no_search_decided_are_a_problem(tmp_path: Path) -> None:
     loaded = write_study(store, STUDY)
     write_trial(store, searched(loaded)[0])
     with Stop() as stop:
-        work = Submission(loaded, store, Cluster(executor="local"), Lines(console()), stop, phase="finalists", retry=False)
+        work = Submission(loaded, store, Local(executor="local"), Lines(console()), stop, phase="finalists", retry=False)
         work.run()
     assert [line.split(":")[0] for line in work.problems] == ["AdamWR", "SGDWR"]
 

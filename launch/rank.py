@@ -1,0 +1,63 @@
+"""One rank of one trial, as srun starts it: finds its place from SLURM's environment, and trains.
+
+    python -m launch.rank STORE STUDY TRIAL --threads N --signal NAME
+
+Exit status 0 whenever the journal says what happened (finished, diverged, stopped, superseded), so that srun kills the
+others only when this rank has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness.stopping import StopRequest
+
+from harness.store import Store
+
+
+def place(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torch and DeepSpeed read them, from SLURM's variables of a step.
+
+    LOCAL_RANK is the number of this rank's GPU among those it sees, not its place on the node: a task that is shown only
+    its own GPU (--gpus-per-task=1) has number 0.
+    """
+    local = int(environment["SLURM_LOCALID"])
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    if shown:
+        local %= len(shown.split(","))
+    return {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": environment["SLURM_NTASKS"], "LOCAL_RANK": str(local)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.rank")
+    parser.add_argument("store", type=Path)
+    parser.add_argument("study")
+    parser.add_argument("trial")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--signal", required=True)
+    options = parser.parse_args()
+    with StopRequest(options.signal) as stop:  # before the seconds that torch takes: what comes meanwhile must not kill
+        os.environ |= place(os.environ) | {"OMP_NUM_THREADS": str(options.threads)}
+        store = Store(options.store)
+        trial = store.trial(options.study, options.trial).read_config()
+        import torch
+
+        from harness.checkpoint import Superseded
+        from harness.train import train
+
+        torch.set_num_threads(options.threads)
+        try:
+            result = train(trial, store, stop=stop, takes_over=True)
+        except Superseded as newer:
+            print(newer, file=sys.stderr)
+            return 0
+    print(f"{options.trial}: {result['state']} at step {result['step']} of {result['total_steps']}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Every SLURM command that wrbench runs but sbatch (launch/sbatch.py): squeue, sacct, scontrol, scancel.
+
+Works without slurmdbd: what runs or waits comes from squeue, and sacct only adds to it. Nothing here knows a study.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+SECONDS = 60.0
+"""that a command may take; SLURM's own clients give up on a controller that is down after about as long"""
+
+
+class SlurmError(RuntimeError):
+    """A command failed: SLURM's own message, on one line."""
+
+
+def run(*command: str, seconds: float = SECONDS) -> str:
+    """What a command prints. Raises SlurmError with what it says otherwise."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]}: not found; run wrbench where SLURM's commands are, or with --cluster local") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]}: no answer within {seconds:.0f} s") from None
+    if done.returncode:
+        raise SlurmError(one_line(done.stderr or done.stdout) or f"{command[0]}: ended with {done.returncode}")
+    return done.stdout
+
+
+def one_line(text: str) -> str:
+    """SLURM's lines as one: `sbatch: error: ` goes before the first only."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(line if i == 0 else re.sub(r"^\w+: (error: )?", "", line) for i, line in enumerate(lines))
+
+
+# -------------------------------------------------------------------------------------------------- the queue
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job, or one task of an array, that waits or runs."""
+
+    job_id: str
+    """123_4; 123 for a job that is no array"""
+    state: str
+    """SLURM's: PENDING, RUNNING, COMPLETING, ..."""
+    reason: str
+    """why it waits, as SLURM says"""
+    nodes: str
+    comment: str
+    user: str
+    start: str
+    """when it began, or is expected to; N/A when not known"""
+
+    @property
+    def waits(self) -> bool:
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
+
+    @property
+    def held(self) -> bool:
+        """Waits for somebody to run `scontrol release`: a launch failed, or it was requeued into a hold."""
+        return self.waits and "held" in self.reason.lower()
+
+
+_FIELDS = "%i|%T|%r|%N|%k|%u|%S"
+
+
+def queue(name: str) -> list[Task]:
+    """The tasks of all jobs of that name that wait or run, whoever's they are. Raises SlurmError."""
+    found = []
+    for line in run("squeue", "--noheader", "--array", f"--name={name}", f"--format={_FIELDS}").splitlines():
+        job_id, state, reason, nodes, comment, user, start = line.strip().split("|")
+        found.append(Task(job_id, state, reason.strip("()"), nodes, comment, user, start))
+    return found
+
+
+def ended(job_ids: Iterable[str]) -> dict[str, str]:
+    """job id -> SLURM's word for how it ended (OUT_OF_MEMORY, NODE_FAIL, TIMEOUT, ...), as far as sacct or scontrol know."""
+    arrays = sorted({job_id.partition("_")[0] for job_id in job_ids})
+    if not arrays:
+        return {}
+    try:
+        printed = run("sacct", "--noheader", "--allocations", "--parsable2", "--array", "--format=JobID,State", "--jobs", ",".join(arrays))
+        return {job: state.split()[0] for job, _, state in (line.partition("|") for line in printed.splitlines()) if state}
+    except SlurmError:
+        pass  # no slurmdbd: the controller remembers for some minutes
+    states = {}
+    for array in arrays:
+        try:
+            printed = run("scontrol", "--oneliner", "show", "job", array)
+        except SlurmError:
+            continue
+        for line in printed.splitlines():
+            job = dict(field.split("=", 1) for field in line.split() if "=" in field)
+            own = f"{job['ArrayJobId']}_{job['ArrayTaskId']}" if "ArrayTaskId" in job else job["JobId"]
+            states[own] = job["JobState"]
+    return states
+
+
+def job(job_id: str) -> dict[str, str]:
+    """What the controller says of one job or task, as scontrol's KEY=VALUE. Raises SlurmError."""
+    line = run("scontrol", "--oneliner", "show", "job", job_id, seconds=20).splitlines()[0]
+    return dict(field.split("=", 1) for field in line.split() if "=" in field)
+
+
+def requeue(job_id: str) -> None:
+    run("scontrol", "requeue", job_id, seconds=20)
+
+
+def release(job_ids: Sequence[str]) -> None:
+    run("scontrol", "release", *job_ids)
+
+
+def cancel(job_ids: Sequence[str], signal: str | None = None) -> None:
+    """Ends jobs, or with `signal` sends it to their steps, which is to the ranks and not to the batch script."""
+    for first in range(0, len(job_ids), 200):
+        run("scancel", "--quiet", *([f"--signal={signal}"] if signal else []), *job_ids[first : first + 200])
+
+
+def address(node: str) -> str:
+    """Where the ranks meet: the node's own name, or where that does not resolve the address that SLURM reaches it at."""
+    if subprocess.run(["getent", "hosts", node], capture_output=True, timeout=SECONDS).returncode == 0:
+        return node
+    found = re.search(r"NodeAddr=(\S+)", run("scontrol", "--oneliner", "show", "node", node))
+    return found[1] if found else node
+
+
+def first_host(nodes: str) -> str:
+    """Of a list as SLURM writes it: n[1-4,7] -> n1."""
+    return run("scontrol", "show", "hostnames", nodes).split()[0]
+
+
+# --------------------------------------------------------------------------------------------------- limits
+
+
+def max_array_size() -> int:
+    """Tasks of the longest array that the cluster takes. Raises SlurmError."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.M)
+    return int(found[1]) if found else 1001
+
+
+def max_submitted() -> int | None:
+    """Tasks that this user may have in the queue, by association; None when there is no limit or nobody to ask."""
+    try:
+        printed = run("sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={getpass.getuser()}", "format=MaxSubmitJobs")
+    except SlurmError:
+        return None
+    limits = [int(line) for line in printed.split() if line.isdigit() and int(line) > 0]  # 0 is its word for none
+    return min(limits) if limits else None
+
+
+def submitted() -> int:
+    """Tasks that this user has in the queue, of any study and beside them. Raises SlurmError."""
+    return len(run("squeue", "--noheader", "--array", "--me", "--format=%i").split())
+
+
+# ------------------------------------------------------------------------------------------------- looking up
+
+
+def wait_for_comment(name: str, comment: str, seconds: float = 5.0) -> str | None:
+    """The array (or job) with that comment in the queue, looked for again for a while: an accepted job shows at once."""
+    until = time.monotonic() + seconds
+    while True:
+        for task in queue(name):
+            if task.comment == comment:
+                return task.job_id.partition("_")[0]
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.5)
+
+
+def inside() -> str | None:
+    """The id of the job or array task that this process belongs to."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")

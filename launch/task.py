@@ -1,0 +1,306 @@
+"""The supervisor of one array task: starts the ranks of its trials by srun, and decides what follows when they end.
+
+    python -m launch.task SUBMISSION_FOLDER        in the batch script, on the first node of the task; no torch
+
+It outlives the ranks: whatever ends them, all at once or one (srun then kills the others), is known from the trial's
+journal. Then one of: the next trial; the same again from its last checkpoint; `scontrol requeue` of this one task, after a
+preemption or near the time limit; or the trial is given up, which is recorded. A signal that asks the ranks to save
+themselves reaches them and not this process. After a node failure SLURM itself requeues the task.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from harness import journal, tracking
+from harness.config import Trial
+from harness.store import Store, TrialFolder, TrialState, close
+from launch import failure, slurm
+from launch.array import Submission
+from launch.ledger import Entry, Ledger
+from launch.status import final_error
+
+POLL = 0.5
+"""seconds between two looks at the ranks"""
+SLACK = 75.0
+"""seconds that SLURM may send its signal earlier than asked, and some"""
+STOPPED = ("preempted", "time limit", "stopped")
+"""kinds of ends after which the task goes back into the queue"""
+TO_DELIVER = 2.0
+"""seconds that the end of a task waits for MLflow; `wrbench sync` delivers the rest"""
+
+
+@dataclass
+class End:
+    """How the ranks of one life of a trial ended."""
+
+    state: TrialState
+    kind: str
+    """finished | diverged | preempted | time limit | stopped | superseded | terminated | stalled | one of failure.kind"""
+    error: str | None = None
+    seconds: float = 0.0
+    """from srun to its end"""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class Supervisor:
+    """One life of one array task."""
+
+    def __init__(self, folder: Path) -> None:
+        self.given = Submission.read(folder)
+        self.cluster = self.given.cluster
+        self.store = Store(self.given.store)
+        self.ledger = Ledger(self.store.study(self.given.study))
+        self.index = int(os.environ["SLURM_ARRAY_TASK_ID"])
+        self.job_id = slurm.inside() or ""
+        self.life = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        self.nodes = os.environ["SLURM_JOB_NODELIST"]
+        self.began = time.monotonic()
+        self.terminated = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """SLURM ends the job (cancelled, over its limit, preempted without grace). The ranks got the same signal."""
+        self.terminated = True
+
+    def run(self) -> int:
+        """The exit status: 0 unless a trial was given up. A task that is requeued ends before it returns."""
+        given_up = 0
+        for trial_id in self.given.tasks[self.index]:
+            folder = self.store.trial(self.given.study, trial_id)
+            trial = folder.read_config()
+            with ExitStack() as delivering:
+                if tracking.tracking_uri(self.store).startswith(("http://", "https://")) and not self._over(trial_id, folder):
+                    sender = tracking.start_delivery(self.store, self.given.study, [trial_id])
+                    delivering.callback(sender.stop, TO_DELIVER)
+                while not self._over(trial_id, folder):
+                    end = self._live(trial, folder)
+                    if end.kind in ("superseded", "terminated"):
+                        return 0
+                    if end.kind in STOPPED:
+                        exhausted = self._is_exhausted(end.kind, trial, folder)
+                        if not exhausted or trial_id != self.given.tasks[self.index][-1]:
+                            delivering.close()
+                            return self._requeue(end.kind, trial, folder)
+                    elif end.state.state not in ("finished", "diverged"):
+                        self._retry_or_give_up(end, trial, folder)
+            given_up += folder.state().state in ("failed", "exhausted")
+        return 1 if given_up else 0
+
+    def _entry(self, trial_id: str) -> Entry:
+        return self.ledger.entries().get(trial_id, Entry())
+
+    def _over(self, trial_id: str, folder: TrialFolder) -> bool:
+        """Whether there is nothing (more) to do for a trial, or it is another submission's by now."""
+        entry = self._entry(trial_id)
+        ours = entry.token == self.given.token and entry.newest["event"] != "cancelled"
+        final = entry.newest.get("event") == "ended" and entry.newest.get("final", False)
+        return not ours or final or folder.state().state in ("finished", "diverged")
+
+    # ----------------------------------------------------------------------------------------------- one life
+
+    def _live(self, trial: Trial, folder: TrialFolder) -> End:
+        """Runs the ranks once, and says how it ended."""
+        attempt, before = folder.newest_attempt() + 1, folder.state()
+        place = {"token": self.given.token, "job_id": self.job_id, "life": self.life}
+        ranks = self.given.nodes * self.given.tasks_per_node
+        self.ledger.append("started", trial, attempt, **place, nodes=self.nodes, ranks=ranks, step=before.committed)
+        began, started = time.monotonic(), time.time()
+        log = folder.logs / f"{self.job_id}.{self.life}.{attempt}"
+        process = subprocess.Popen(self._srun(trial, log), env=os.environ | self._meeting(), stdin=subprocess.DEVNULL)
+        stalled = self._watch(process, folder)
+        end = self._judge(process.returncode, stalled, attempt, folder, log)
+        end.seconds = time.monotonic() - began
+        lost = time.time() - max(started, _last_commit(folder, attempt))
+        run_id = tracking.run_id(folder)
+        self.ledger.append(
+            "ended", trial, attempt, **place, state=end.state.state, kind=end.kind, step=end.state.committed, seconds=round(end.seconds, 1),
+            lost_seconds=0.0 if end.state.state in ("finished", "diverged") else round(lost, 1),
+            checkpoint=_newest_checkpoint(folder), run_id=run_id, error=end.error,
+        )  # fmt: skip
+        return end
+
+    def _srun(self, trial: Trial, log: Path) -> list[str]:
+        python = shlex.split(self.cluster.python) if self.cluster.python else [sys.executable]
+        rank = ["-u", "-m", "launch.rank", str(self.store.root), self.given.study, trial.trial_id]
+        options = ["--threads", str(self.cluster.threads_per_rank), "--signal", self.cluster.signal]
+        return [
+            "srun", "--kill-on-bad-exit=1", "--unbuffered", "--open-mode=append", f"--cpus-per-task={self.cluster.cpus_per_task}",
+            f"--output={log}_%t_log.out", f"--error={log}_%t_log.err", *self.cluster.srun_args, *python, *rank, *options,
+        ]  # fmt: skip
+
+    def _meeting(self) -> dict[str, str]:
+        """MASTER_ADDR, the first node, and a port that is free there and that no other job of the cluster begins with."""
+        first = 10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000  # below what Linux gives to outgoing connections
+        port = next(p for p in range(first, first + 1000) if _is_free(p))
+        return {"MASTER_ADDR": slurm.address(slurm.first_host(self.nodes)), "MASTER_PORT": str(port), "WRBENCH_JOB_ID": self.job_id}
+
+    def _watch(self, process: subprocess.Popen[bytes], folder: TrialFolder) -> bool:
+        """Returns when the ranks have ended; True if they had to be killed since nothing moved."""
+        size, moved, stalled = -1, time.monotonic(), False
+        while process.poll() is None:
+            now = folder.journal.stat().st_size if folder.journal.exists() else 0
+            if now != size:
+                size, moved = now, time.monotonic()
+            idle = time.monotonic() - moved
+            if idle > self.cluster.stall_timeout_seconds + 30 and stalled:
+                process.kill()
+            elif idle > self.cluster.stall_timeout_seconds and not stalled and not self.terminated:
+                stalled = True
+                self._kill_ranks(process)
+            time.sleep(POLL)
+        return stalled
+
+    def _kill_ranks(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            slurm.cancel([self.job_id], "KILL")
+        except slurm.SlurmError as error:  # the controller is away: srun reaches the nodes itself
+            print(f"{error}; ending srun instead", file=sys.stderr)
+            process.terminate()
+
+    # ------------------------------------------------------------------------------------------- what it means
+
+    def _judge(self, exit_status: int, stalled: bool, attempt: int, folder: TrialFolder, log: Path) -> End:
+        state, own = folder.state(), [line for line in journal.read(folder.journal) if line["attempt"] == attempt]
+        lives = self._entry(folder.path.name).lives
+        newest = lives[-1].started if lives else {}
+        if (newest.get("token"), newest.get("job_id"), newest.get("life")) != (self.given.token, self.job_id, self.life):
+            return End(state, "superseded")  # this node was cut off, and the trial goes on elsewhere
+        if state.state in ("finished", "diverged"):
+            return End(state, state.state)
+        by_signal = exit_status - 128 in (signal.SIGTERM, signal.Signals[f"SIG{self.cluster.signal}"])
+        if any(line.get("event") == "stop" for line in own) or by_signal:
+            return End(state, self._why_stopped())
+        if self.terminated:
+            return End(state, "terminated")
+        if stalled:
+            return End(state, "stalled", f"no line in the journal for {self.cluster.stall_timeout_seconds} s")
+        if exit_status == 0:
+            return End(state, "superseded")
+        error = next((line["error"] for line in own if line.get("event") == "end"), None) or _logged(log)
+        found = failure.kind(error, exit_status, self._slurms_word())
+        return End(state, found, error or f"srun ended with {exit_status}")
+
+    def _why_stopped(self) -> str:
+        """preempted | time limit | stopped (by a signal from a person), or terminated when SLURM ends the job anyway."""
+        state = self._state_of_job()
+        if state.get("JobState") in ("CANCELLED", "TIMEOUT", "FAILED") or self._entry_cancelled():
+            return "terminated"
+        if state.get("PreemptTime", "None") not in ("None", "Unknown"):
+            return "preempted"
+        limit = 60 * self.cluster.time_minutes
+        near = time.monotonic() - self.began > limit - self.cluster.signal_lead_seconds - SLACK
+        return "time limit" if near else "preempted" if self.terminated else "stopped"
+
+    def _entry_cancelled(self) -> bool:
+        entries = self.ledger.entries()
+        return all(entries[i].newest["event"] == "cancelled" for i in self.given.tasks[self.index] if i in entries)
+
+    def _state_of_job(self) -> dict[str, str]:
+        try:
+            return slurm.job(self.job_id)
+        except slurm.SlurmError as error:
+            print(f"{error}; the job is taken to be running", file=sys.stderr)
+            return {}
+
+    def _slurms_word(self) -> str | None:
+        """Of the step that just ended: an out-of-memory kill leaves no other trace. None without slurmdbd."""
+        try:
+            lines = slurm.run("sacct", "--noheader", "--parsable2", "--format=State", "--jobs", self.job_id, seconds=10).split()
+        except slurm.SlurmError:
+            return None
+        return next((s for s in lines if s in ("OUT_OF_MEMORY", "NODE_FAIL")), None)
+
+    def _is_exhausted(self, kind: str, trial: Trial, folder: TrialFolder) -> bool:
+        """Whether this was the time limit once too often, which is recorded then."""
+        entry, limit = self._entry(trial.trial_id), self.cluster.max_timeouts
+        times = sum(life.ended is not None and life.ended["kind"] == "time limit" for life in entry.lives[entry.since :])
+        if kind != "time limit" or times <= limit:
+            return False
+        self._give_up("exhausted", f"the time limit came {times} times; max_timeouts is {limit}", trial, folder)
+        return True
+
+    def _retry_or_give_up(self, end: End, trial: Trial, folder: TrialFolder) -> None:
+        """Returns to try once more; or records that the trial has failed."""
+        entry = self._entry(trial.trial_id)
+        failures = 0
+        for life in reversed(entry.lives[entry.since :]):
+            if life.ended is None or life.ended["kind"] in (*STOPPED, "port"):
+                continue
+            if life.ended["step"] != end.state.committed:
+                break
+            failures += 1
+        if end.kind in failure.REPEATS or failures > self.cluster.max_retries:
+            tries = f" ({failures} times without a new checkpoint)" if failures > 1 else ""
+            self._give_up("failed", f"{end.kind}: {end.error}{tries}", trial, folder)
+            return
+        print(f"{trial.trial_id}: {end.kind}: {end.error}; again from step {end.state.committed}", file=sys.stderr, flush=True)
+
+    def _give_up(self, state: str, why: str, trial: Trial, folder: TrialFolder) -> None:
+        close(folder, state, why)
+        self.ledger.append("ended", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, state=state, kind=state,
+                           step=folder.state().committed, error=why, final=True)  # fmt: skip
+        print(f"{trial.trial_id}: {state}: {why}", file=sys.stderr, flush=True)
+
+    # -------------------------------------------------------------------------------------------------- requeue
+
+    def _requeue(self, kind: str, trial: Trial, folder: TrialFolder) -> int:
+        """Puts this one array task back into the queue, however long the controller is away; SLURM then ends this process."""
+        self.ledger.append(
+            "requeued", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, life=self.life, kind=kind
+        )
+        wait = 1.0
+        while True:
+            try:
+                if self._restarts() > self.life or slurm.job(self.job_id)["JobState"] not in ("RUNNING", "SUSPENDED"):
+                    break
+                slurm.requeue(self.job_id)
+            except slurm.SlurmError as error:
+                print(f"{error}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
+                time.sleep(wait)
+                wait = min(2 * wait, 15.0)
+        time.sleep(60)  # not to end by itself first: a job that has ended is not requeued
+        return 0
+
+    def _restarts(self) -> int:
+        return int(slurm.job(self.job_id).get("Restarts", self.life))
+
+
+def _logged(log: Path) -> str | None:
+    """The error of the first rank that left one in its log; one that only lost its peers comes last."""
+    errors = [error for path in sorted(log.parent.glob(f"{log.name}_*_log.err")) if (error := final_error(path))]
+    return min(errors, key=lambda error: failure.kind(error, None) == "communication", default=None)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _last_commit(folder: TrialFolder, attempt: int) -> float:
+    """Seconds since 1970 of the attempt's last committed checkpoint; 0 if it made none."""
+    times = [line["timestamp"] for line in journal.read(folder.journal) if line.get("event") == "checkpoint" and line["attempt"] == attempt]
+    return times[-1] / 1000 if times else 0.0
+
+
+def _newest_checkpoint(folder: TrialFolder) -> str | None:
+    return max((p.name for p in folder.checkpoints.glob("step-*")), key=lambda n: [int(part) for part in n.split("-")[1::2]], default=None)
+
+
+if __name__ == "__main__":
+    sys.exit(Supervisor(Path(sys.argv[1])).run())

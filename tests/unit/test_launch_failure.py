@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+
+from launch.failure import kind
+from launch.rank import place
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_status", "word", "expected"),
+    [
+        ("harness.config.BadInput: data/x: no such folder", 1, None, "configuration"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", 1, None, "out of memory"),
+        ("MemoryError", 1, None, "out of memory"),
+        (None, 137, "OUT_OF_MEMORY", "out of memory"),
+        ("RuntimeError: CUDA error: uncorrectable ECC error encountered", 1, None, "node"),
+        (None, 1, "NODE_FAIL", "node"),
+        ("torch.distributed.DistNetworkError: The server socket has failed to listen ... EADDRINUSE", 1, None, "port"),
+        ("RuntimeError: [../gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.1]:1234", 1, None, "communication"),
+        ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp", 1, None, "communication"),
+        ("harness.data.index.CorruptSample: train-000001.tar: sample 12: does not decode", 1, None, "data"),
+        ("AssertionError: shapes differ", 1, None, "assertion"),
+        ("RuntimeError: CUDA error: device-side assert triggered", 1, None, "assertion"),
+        ("OSError: [Errno 28] No space left on device", 1, None, "disk"),
+        ("ZeroDivisionError: division by zero", 1, None, "error"),
+        ("RuntimeError: fully_shard needs a mesh", 1, None, "error"),
+        (None, 137, None, "killed"),
+        (None, 139, None, "killed"),
+    ],
+)
+def test_kinds(error: str | None, exit_status: int, word: str | None, expected: str) -> None:
+    assert kind(error, exit_status, word) == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "local_rank"),
+    [
+        (None, "3"),  # on the CPU
+        ("0,1,2,3", "3"),  # every task sees all of the node's
+        ("3", "0"),  # each sees its own alone
+        ("GPU-8f1a,GPU-11c2", "1"),
+    ],
+)
+def test_local_rank_is_the_number_of_the_gpu_among_those_seen(shown: str | None, local_rank: str) -> None:
+    environment = {"SLURM_PROCID": "7", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"} | ({"CUDA_VISIBLE_DEVICES": shown} if shown else {})
+    assert place(environment) == {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}
