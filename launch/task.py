@@ -94,7 +94,9 @@ class Supervisor:
                             delivering.close()
                             return self._requeue(end.kind, trial, folder)
                     elif end.state.state not in ("finished", "diverged"):
-                        self._retry_or_give_up(end, trial, folder)
+                        if not self._is_hopeless(end, trial, folder) and end.kind == "node":
+                            delivering.close()
+                            return self._requeue(end.kind, trial, folder)  # perhaps to other nodes
             given_up += folder.state().state in ("failed", "exhausted")
         return 1 if given_up else 0
 
@@ -118,7 +120,8 @@ class Supervisor:
         self.ledger.append("started", trial, attempt, **place, nodes=self.nodes, ranks=ranks, step=before.committed)
         began, started = time.monotonic(), time.time()
         log = folder.logs / f"{self.job_id}.{self.life}.{attempt}"
-        process = subprocess.Popen(self._srun(trial, log), env=os.environ | self._meeting(), stdin=subprocess.DEVNULL)
+        with open(f"{log}_srun_log.err", "ab") as said:
+            process = subprocess.Popen(self._srun(trial, log), env=os.environ | self._meeting(), stdin=subprocess.DEVNULL, stderr=said)
         stalled = self._watch(process, folder)
         end = self._judge(process.returncode, stalled, attempt, folder, log)
         end.seconds = time.monotonic() - began
@@ -189,7 +192,7 @@ class Supervisor:
         if exit_status == 0:
             return End(state, "superseded")
         error = next((line["error"] for line in own if line.get("event") == "end"), None) or _logged(log)
-        found = failure.kind(error, exit_status, self._slurms_word())
+        found = failure.kind(error, exit_status, self._slurms_word() or _launch_failure(log))
         return End(state, found, error or f"srun ended with {exit_status}")
 
     def _why_stopped(self) -> str:
@@ -231,10 +234,9 @@ class Supervisor:
         self._give_up("exhausted", f"the time limit came {times} times; max_timeouts is {limit}", trial, folder)
         return True
 
-    def _retry_or_give_up(self, end: End, trial: Trial, folder: TrialFolder) -> None:
-        """Returns to try once more; or records that the trial has failed."""
-        entry = self._entry(trial.trial_id)
-        failures = 0
+    def _is_hopeless(self, end: End, trial: Trial, folder: TrialFolder) -> bool:
+        """Whether one more try would fail as well, so that the trial is recorded as failed."""
+        entry, failures = self._entry(trial.trial_id), 0
         for life in reversed(entry.lives[entry.since :]):
             if life.ended is None or life.ended["kind"] in (*STOPPED, "port"):
                 continue
@@ -244,8 +246,9 @@ class Supervisor:
         if end.kind in failure.REPEATS or failures > self.cluster.max_retries:
             tries = f" ({failures} times without a new checkpoint)" if failures > 1 else ""
             self._give_up("failed", f"{end.kind}: {end.error}{tries}", trial, folder)
-            return
+            return True
         print(f"{trial.trial_id}: {end.kind}: {end.error}; again from step {end.state.committed}", file=sys.stderr, flush=True)
+        return False
 
     def _give_up(self, state: str, why: str, trial: Trial, folder: TrialFolder) -> None:
         close(folder, state, why)
@@ -261,26 +264,34 @@ class Supervisor:
             "requeued", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, life=self.life, kind=kind
         )
         wait = 1.0
-        while True:
+        while not self.terminated:
             try:
-                if self._restarts() > self.life or slurm.job(self.job_id)["JobState"] not in ("RUNNING", "SUSPENDED"):
-                    break
+                job = slurm.job(self.job_id)
+                if int(job.get("Restarts", self.life)) > self.life or job["JobState"] not in ("RUNNING", "SUSPENDED"):
+                    return 0
                 slurm.requeue(self.job_id)
+                break
             except slurm.SlurmError as error:
-                print(f"{error}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
-                time.sleep(wait)
+                if not self.terminated:
+                    print(f"{error}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
+                    time.sleep(wait)
                 wait = min(2 * wait, 15.0)
-        time.sleep(60)  # not to end by itself first: a job that has ended is not requeued
+        until = time.monotonic() + 60
+        while not self.terminated and time.monotonic() < until:  # a job that ends by itself first would not be requeued
+            time.sleep(POLL)
         return 0
-
-    def _restarts(self) -> int:
-        return int(slurm.job(self.job_id).get("Restarts", self.life))
 
 
 def _logged(log: Path) -> str | None:
     """The error of the first rank that left one in its log; one that only lost its peers comes last."""
     errors = [error for path in sorted(log.parent.glob(f"{log.name}_*_log.err")) if (error := final_error(path))]
     return min(errors, key=lambda error: failure.kind(error, None) == "communication", default=None)
+
+
+def _launch_failure(log: Path) -> str | None:
+    """What srun says when the fault is a node's, and no rank could say anything."""
+    said = Path(f"{log}_srun_log.err").read_text(errors="replace")
+    return next((line for line in said.splitlines() if failure.kind(line, None) == "node"), None)
 
 
 def _is_free(port: int) -> bool:
