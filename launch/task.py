@@ -93,10 +93,11 @@ class Supervisor:
                         if not exhausted or trial_id != self.given.tasks[self.index][-1]:
                             delivering.close()
                             return self._requeue(end.kind, trial, folder)
-                    elif end.state.state not in ("finished", "diverged"):
-                        if not self._is_hopeless(end, trial, folder) and end.kind == "node":
-                            delivering.close()
-                            return self._requeue(end.kind, trial, folder)  # perhaps to other nodes
+                    elif end.state.state in ("finished", "diverged") or self._is_hopeless(end, trial, folder):
+                        continue
+                    elif end.kind == "node":  # perhaps there are better ones
+                        delivering.close()
+                        return self._requeue(end.kind, trial, folder)
             given_up += folder.state().state in ("failed", "exhausted")
         return 1 if given_up else 0
 
