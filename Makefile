@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test unit lint integration bench equivalence gpu-check clean
+.PHONY: setup demo test unit lint integration test-slurm slurm-up slurm-down bench equivalence gpu-check clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.installed
@@ -32,7 +32,11 @@ demo: setup data/mnist5k
 	@$(BIN)/wrbench report configs/study/demo.yaml
 	@echo "MLflow UI:  .venv/bin/wrbench ui"
 
-test: lint unit integration
+SLURM_INSTALLED := $(BIN)/python -c "from tests.slurm.cluster import missing; raise SystemExit(bool(missing()))"
+
+test: lint unit integration  # installs packages of the system only with CI=true, on machines that are thrown away
+	@if test "$$CI" = true || $(SLURM_INSTALLED); then $(MAKE) --no-print-directory test-slurm; \
+		else echo "SLURM tests: NOT RUN, SLURM is not installed; make test-slurm installs it (as root on Debian or Ubuntu) and runs them"; fi
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -44,6 +48,16 @@ unit: setup
 
 integration: setup
 	@$(BIN)/python -m pytest tests/integration
+
+test-slurm: setup
+	@$(SLURM_INSTALLED) || tests/slurm/install.sh
+	@$(BIN)/python -m pytest tests/slurm
+
+slurm-up: setup  # a cluster of four nodes on this machine, to play with
+	@$(BIN)/python -m tests.slurm.cluster up
+
+slurm-down: setup
+	@$(BIN)/python -m tests.slurm.cluster down
 
 bench: setup data/mnist5k
 	@$(BIN)/python -m tests.benchmarks.bench

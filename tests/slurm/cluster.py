@@ -38,6 +38,9 @@ MARK = "# Written by tests/slurm/cluster.py, which deletes all of this folder wh
 SOCKET_PATH_LIMIT = 107  # bytes of a Unix socket's path: unix(7)
 
 
+INSTALL = "`make test-slurm` installs what the SLURM tests need (as root on Debian or Ubuntu) and runs them"
+
+
 def missing() -> list[str]:
     """The programs a cluster needs and this machine lacks."""
     return [name for name in (*DAEMONS, *COMMANDS) if shutil.which(name, path=PATH) is None]
@@ -99,7 +102,7 @@ class Cluster:
         The cluster ends with the calling process, however that dies, unless it is to `outlive` it.
         """
         if absent := missing():
-            raise RuntimeError(f"not installed: {', '.join(absent)}")
+            raise RuntimeError(f"not installed: {', '.join(absent)}; {INSTALL}")
         self.stop()
         if self.folder.exists() and any(self.folder.iterdir()) and not self._is_ours():
             raise ValueError(f"folder={str(self.folder)!r} holds something else than a cluster; use a new or empty one")
@@ -310,6 +313,8 @@ class Cluster:
                 "AccountingStorageTRES=gres/gpu",
             ]
         self.configuration.write_text(MARK + "\n".join(lines) + "\n")
+        # Nothing uses cgroups, yet slurmd loads a plugin for them: that of version 2, where it finds those, wants root and systemd.
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{self.gpus - 1}]\n")
         secret = folder / "slurmdbd.conf"
         secret.touch(mode=0o600)  # slurmdbd insists
@@ -352,7 +357,7 @@ class Cluster:
         """Runs a command to its end, a daemon until it is in the background."""
         done = self._call(program, *arguments, output=output)
         if done.returncode:
-            raise RuntimeError(f"{program} {' '.join(arguments)}: exit status {done.returncode}: {done.stdout}")
+            raise RuntimeError(f"{program} {' '.join(arguments)}: exit status {done.returncode}: {done.stdout}\n{self._logs()}")
 
     def _output(self, program: str, *arguments: str) -> str:
         """What it prints; nothing if it fails."""
@@ -362,9 +367,12 @@ class Cluster:
     def _until(self, condition: Callable[[], bool], what: str, deadline: float) -> None:
         while not condition():
             if time.monotonic() > deadline:
-                logs = "\n".join(f"== {path.name}\n{_tail(path)}" for path in sorted((self.folder / "log").iterdir()))
-                raise TimeoutError(f"waited in vain for {what}; the last command printed: {self._last_output}\n{logs}")
+                raise TimeoutError(f"waited in vain for {what}; the last command printed: {self._last_output}\n{self._logs()}")
             time.sleep(0.1)
+
+    def _logs(self, lines: int = 15) -> str:
+        tails = {path.stem: path.read_text(errors="replace").splitlines()[-lines:] for path in sorted((self.folder / "log").iterdir())}
+        return "\n".join(f"{name}: {line}" for name, tail in tails.items() for line in tail)
 
     # Processes
 
@@ -491,10 +499,6 @@ def _free_ports(number: int) -> list[int]:
     raise RuntimeError("no free ports between 20000 and 32000")
 
 
-def _tail(path: Path, lines: int = 20) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-
-
 def _watch(cluster: Cluster, owner: int) -> None:
     """Stops the cluster when the process `owner`, this one's parent, has ended."""
     with contextlib.suppress(ProcessLookupError):
@@ -518,8 +522,11 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.command == "watch":
         _watch(cluster, options.owner)
     else:
-        if not cluster.is_running():
-            cluster.start(outlive=True)
+        try:
+            if not cluster.is_running():
+                cluster.start(outlive=True)
+        except (RuntimeError, TimeoutError, ValueError) as error:
+            sys.exit(f"error: {error}")
         print(f"export SLURM_CONF={cluster.configuration}")
 
 

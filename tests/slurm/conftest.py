@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import INSTALL, Cluster, missing
 
 
 @pytest.fixture(scope="session")
 def installed() -> None:
     """SLURM's programs are here; else the test is skipped, and fails where that would go unseen."""
     if absent := missing():
-        reason = f"not installed: {', '.join(absent)}; `make test-slurm` installs what the SLURM tests need (as root on Debian or Ubuntu) and runs them"
+        reason = f"not installed: {', '.join(absent)}; {INSTALL}"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

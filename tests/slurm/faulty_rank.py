@@ -1,0 +1,75 @@
+"""launch.rank with a fault built in, for the `python:` key of a cluster file: `PYTHON .../faulty_rank.py FAULT -u -m launch.rank ...`.
+
+FAULT is `ARM=WHAT@STEP,...` or `*=...` for every arm; WHAT is a method of Faults, which the call of train_step of that number meets.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Faults:
+    """What can happen at the n-th step of this process (n = 1, 2, ...), before it is taken."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def crash(self, n: int) -> None:
+        if n == self.at:
+            raise AssertionError("the loss must be below 7")
+
+    def exhaust_memory(self, n: int) -> None:
+        if n == self.at:
+            raise MemoryError("cannot allocate 80 GB")
+
+    def hang(self, n: int) -> None:
+        """Rank 1 enters no collective any more, the first time that the trial runs."""
+        if n == self.at and os.environ["RANK"] == "1" and len(list(_trial().attempts.iterdir())) == 1:
+            time.sleep(3600)
+
+    def slow(self, n: int) -> None:
+        """`at` milliseconds a step, in the first life of the job."""
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+            time.sleep(self.at / 1000)
+
+
+def _trial() -> Any:
+    from harness.store import Store
+
+    store, study, trial = sys.argv[1:4]
+    return Store(Path(store)).trial(study, trial)
+
+
+def main() -> None:
+    given, module = sys.argv[1], sys.argv[4]
+    assert sys.argv[2:4] == ["-u", "-m"], sys.argv
+    sys.argv = sys.argv[4:]
+    arm = _trial().read_config().arm
+    for one in given.split(","):
+        of, what = one.split("=")
+        if of in ("*", arm):
+            _build_in(*what.split("@"))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _build_in(what: str, at: str) -> None:
+    from harness.engine import Engine
+
+    met, plain, count = getattr(Faults(int(at)), what), Engine.train_step, 0
+
+    def train_step(self: Engine, *args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        met(count)
+        return plain(self, *args, **options)
+
+    Engine.train_step = train_step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main()
