@@ -3,7 +3,8 @@
 Training never talks to MLflow: it appends to its journal. `deliver` makes MLflow say what the settled part of each
 journal says, with the journal's timestamps; MLflow keeps one row a (run, metric, step, timestamp, value), so whatever is
 sent again changes nothing, and a crash at any point costs only time. `delivered.json` in a trial's folder remembers what
-was sent where; it saves work, and may be deleted at any time.
+was sent where; it saves work, and may be deleted at any time. A lock a trial keeps two deliveries of it apart; those of
+different trials, of hundreds of jobs, never wait for each other.
 
 NaN arrives as NaN. MLflow keeps inf and -inf as +-1.7976931348623157e308, the largest float.
 
@@ -13,7 +14,9 @@ MLflow is imported inside functions (it costs two seconds), torch never.
 from __future__ import annotations
 
 import argparse
+import base64
 import fcntl
+import http.client
 import json
 import logging
 import os
@@ -21,10 +24,15 @@ import re
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,17 +47,26 @@ from harness.store import Store, TrialFolder, write_atomically
 BATCH = 1000
 """metrics MLflow takes in one request"""
 
-STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "diverged": "FAILED", "interrupted": "KILLED"}
+STATUS = {
+    "pending": "SCHEDULED", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "diverged": "FAILED", "exhausted": "FAILED",
+    "interrupted": "KILLED", "cancelled": "KILLED",
+}  # fmt: skip
 """state of a trial -> status of its MLflow run"""
 
 ATTEMPT_TAGS = (
     "attempt", "world_size", "micro_batch_size", "backend", "zero_stage", "offload_optimizer", "channels_last", "compile",
-    "device", "host", "platform", "commit", "data_sha256", "job_id",
+    "device", "host", "platform", "python", "torch", "deepspeed", "commit", "code", "data_sha256", "job_id",
 )  # fmt: skip
 """what may differ between attempts: tags, as the newest attempt's start line has them"""
 
 EVERY, AT_MOST = 2.0, 30.0
 """seconds between two passes of a delivering process: when all is well, and when passes are slow or fail"""
+
+PATIENCE = 30.0
+"""seconds that `deliver` waits in all for trials that somebody else is delivering this moment"""
+
+DIFF_LIMIT = 1_000_000
+"""bytes of an uncommitted diff that are kept with a run"""
 
 
 class DeliveryError(RuntimeError):
@@ -73,8 +90,29 @@ def _scheme(uri: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """`text` with user:password in URIs struck out."""
-    return re.sub(r"://\S*@", "://***@", text)
+    """`text` with user:password in URIs struck out, and the tracking token and password of the environment wherever they stand."""
+    text = re.sub(r"://\S*@", "://***@", text)
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _secrets() -> set[str]:
+    """What the environment has to log in with, in the forms in which a server may repeat it."""
+    found = {os.environ.get("MLFLOW_TRACKING_TOKEN"), os.environ.get("MLFLOW_TRACKING_PASSWORD")}
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    found.add(_basic(user, os.environ.get("MLFLOW_TRACKING_PASSWORD")))
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    login = uri.partition("://")[2].rpartition("@")[0]
+    if login:
+        user, _, password = (urllib.parse.unquote(part) for part in login.partition(":"))
+        found |= {password, login.partition(":")[2], _basic(user, password)}
+    return {secret for secret in found if secret}
+
+
+def _basic(user: str, password: str | None) -> str | None:
+    """As HTTP's header has them."""
+    return base64.b64encode(f"{user}:{password}".encode()).decode() if password else None
 
 
 def check_store(store: Store) -> None:
@@ -124,7 +162,7 @@ def open_ui(store: Store, port: int) -> None:
     os.execve(sys.executable, command, environment)  # noqa: S606
 
 
-_QUIET = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_DISABLE_TELEMETRY": "true"}
+_QUIET = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 _BOUNDED = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -165,35 +203,61 @@ class _Experiment:
     """in the store's own database, which only this store's journals are delivered to"""
 
 
-def deliver(store: Store, study: str, tracking_uri: str | None = None) -> Delivered:
-    """One pass: every trial's run says what the settled part of its journal says.
+def deliver(
+    store: Store, study: str, trials: Collection[str] | None = None, tracking_uri: str | None = None, patience: float = PATIENCE
+) -> Delivered:
+    """One pass: every trial's run says what the settled part of its journal says. trials: only those with these ids.
 
-    May be called at any time, by several processes at once, and again after a crash. Raises DeliveryError when MLflow
-    cannot be reached; a trial that alone cannot be delivered is named in `failed` and tried again by the next pass.
+    May be called at any time, by several processes at once, and again after a crash. A trial that another process is
+    delivering is waited for, `patience` seconds in all, and then left to it. Raises DeliveryError when MLflow cannot be
+    reached; a trial that alone cannot be delivered is named in `failed` and tried again by the next pass.
     """
-    folders = [folder for folder in store.trials(study) if folder.journal.exists()]
+    folders = _folders(store, study, trials)
     if not folders:
         return Delivered(0, 0)
     counts: list[int | None] = []
     failed: list[str] = []
-    with _one_at_a_time(store.study(study) / "delivery.lock"):
-        experiment = _experiment(store, study, tracking_uri)
-        for folder in folders:
-            try:
-                counts.append(_deliver_trial(experiment, folder))
-            except Exception as error:
-                _cursor_file(folder).unlink(missing_ok=True)  # whatever was wrong, begin with what MLflow itself has
-                failed.append(f"{folder.path.name}: {_line(error)}")
-                experiment = _experiment(store, study, tracking_uri)  # raises when it is MLflow that is gone
+    until = time.monotonic() + patience
+    experiment = _experiment(store, study, tracking_uri)
+    for folder in folders:
+        try:
+            with _alone(folder.path / "delivery.lock", until) as alone:
+                if alone:
+                    counts.append(_deliver_trial(experiment, folder))
+        except Exception as error:
+            _cursor_file(folder).unlink(missing_ok=True)  # whatever was wrong, begin with what MLflow itself has
+            failed.append(f"{folder.path.name}: {_line(error)}")
+            experiment = _experiment(store, study, tracking_uri)  # raises when it is MLflow that is gone
     sent = [n for n in counts if n is not None]
     return Delivered(len(sent), sum(sent), tuple(failed))
 
 
+def _folders(store: Store, study: str, trials: Collection[str] | None = None) -> list[TrialFolder]:
+    """Of the trials that have a journal."""
+    folders = store.trials(study) if trials is None else [store.trial(study, trial_id) for trial_id in sorted(trials)]
+    return [folder for folder in folders if folder.journal.exists()]
+
+
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _alone(path: Path, until: float) -> Iterator[bool]:
+    """Whether this process alone holds the lock: False if another one still does so at the time `until`.
+
+    True on a file system without locks: two deliveries then send the same, and of two runs one goes, see `_find_run`.
+    """
+    with open(path, "a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= until:
+                    yield False
+                    return
+                time.sleep(0.05)
+                continue
+            except OSError:  # no locks here
+                pass
+            yield True
+            return
 
 
 def _line(error: BaseException) -> str:
@@ -206,14 +270,26 @@ def _experiment(store: Store, study: str, uri: str | None) -> _Experiment:
     # a server knows where its artifacts belong; a bare database does not
     artifacts = None if _scheme(uri) in ("http", "https") else (store.study(study) / "artifacts").as_uri()
     try:
-        client = _client(uri)
-        found = client.get_experiment_by_name(study) or _made(client, study, artifacts)
+        with _database_made_once(uri):
+            client = _client(uri)
+            found = client.get_experiment_by_name(study) or _made(client, study, artifacts)
     except Exception as error:  # MLflow's, SQLAlchemy's, requests': whatever it is, nothing can be delivered now
         raise DeliveryError(f"MLflow at {redacted(uri)}: {_line(error)}") from None
     if found.lifecycle_stage != "active":
         raise DeliveryError(f"MLflow at {redacted(uri)}: experiment {study} is deleted; `mlflow experiments restore` brings it back")
     identity = f"{redacted(uri)} {found.experiment_id} {found.creation_time}"
     return _Experiment(client, found.experiment_id, identity, own=uri == _own_uri(store))
+
+
+@contextmanager
+def _database_made_once(uri: str) -> Iterator[None]:
+    """Of several processes one makes the tables of a new SQLite database: MLflow lets them all try, and all but one fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    with _alone(path.with_name(f".{path.name}.lock"), time.monotonic() + PATIENCE):
+        yield
 
 
 def _made(client: Any, study: str, artifacts: str | None) -> Any:
@@ -241,8 +317,12 @@ def _deliver_trial(to: _Experiment, folder: TrialFolder) -> int | None:
     run_id = cursor["run_id"] if cursor else _run_of(to, folder, record)
     new = record.settled[cursor["points"] if cursor else 0 :]
     _log_metrics(to.client, run_id, new)
+    code = record.starts[-1].get("code") if record.starts else None
+    _log_diff(to.client, run_id, folder, code, cursor["code"] if cursor else None)
     _log_state(to.client, run_id, record, record.state(running))
-    cursor = {"to": to.identity, "run_id": run_id, "points": len(record.settled), "bytes": len(whole), "running": running}
+    cursor = {
+        "to": to.identity, "run_id": run_id, "points": len(record.settled), "bytes": len(whole), "running": running, "code": code,
+    }  # fmt: skip
     write_atomically(_cursor_file(folder), json.dumps(cursor) + "\n")
     return len(new)
 
@@ -252,20 +332,39 @@ def _cursor_file(folder: TrialFolder) -> Path:
 
 
 def _cursor(folder: TrialFolder, to: _Experiment) -> dict[str, Any] | None:
-    """What was delivered to this experiment: run_id, points settled then, bytes of the journal read, running."""
+    """What was delivered to this experiment."""
+    cursor = _last_cursor(folder)
+    return cursor if cursor and cursor["to"] == to.identity else None
+
+
+def _last_cursor(folder: TrialFolder) -> dict[str, Any] | None:
+    """What was delivered, and where `to`: run_id, points settled then, bytes of the journal read, running, code of the newest attempt."""
     try:
         cursor: dict[str, Any] = json.loads(_cursor_file(folder).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return cursor if cursor.get("to") == to.identity else None
+    return cursor if {"to", "run_id", "points", "bytes", "running", "code"} <= cursor.keys() else None
 
 
 def run_id(folder: TrialFolder) -> str | None:
     """The MLflow run that the trial was last delivered to, from its folder alone; None before the first delivery."""
-    try:
-        return str(json.loads(_cursor_file(folder).read_text())["run_id"])
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
+    cursor = _last_cursor(folder)
+    return str(cursor["run_id"]) if cursor else None
+
+
+def undelivered(store: Store, study: str, trials: Collection[str] | None = None) -> list[str]:
+    """The ids of trials of which MLflow lacks something, as far as files tell: no network, no import of MLflow."""
+    address = f"{redacted(tracking_uri(store))} "
+    return [folder.path.name for folder in _folders(store, study, trials) if _has_more(folder, address)]
+
+
+def _has_more(folder: TrialFolder, address: str) -> bool:
+    cursor = _last_cursor(folder)
+    if cursor is None:
+        return any(True for _ in journal.read(folder.journal))
+    if not cursor["to"].startswith(address):
+        return True
+    return cursor["running"] != folder.is_running() or _event_after(folder.journal, cursor["bytes"])
 
 
 def _event_after(path: Path, offset: int) -> bool:
@@ -278,11 +377,13 @@ def _event_after(path: Path, offset: int) -> bool:
 def _find_run(to: _Experiment, trial_id: str, record: Record) -> tuple[Any, list[Any]]:
     """(the trial's run or None, runs of this trial that another journal began).
 
-    Two runs of one journal can only come of a file system without locks; the first by (start_time, run_id) counts.
+    Two runs of one journal can only come of a file system without locks; the first by run_id counts, and the other is deleted.
     """
     found = to.client.search_runs([to.id], f"tags.trial_id = '{trial_id}'", max_results=1000)
-    found = sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
-    ours = [run for run in found if run.info.start_time == record.first_timestamp]
+    ours = sorted((run for run in found if run.info.start_time == record.first_timestamp), key=lambda run: run.info.run_id)
+    for double in ours[1:]:
+        with suppress(Exception):  # deleted this moment by whoever made the other
+            to.client.delete_run(double.info.run_id)
     return (ours[0] if ours else None), [run for run in found if run.info.start_time != record.first_timestamp]
 
 
@@ -300,21 +401,38 @@ def _run_of(to: _Experiment, folder: TrialFolder, record: Record) -> str:
     if run is None:
         tags = {key: str(getattr(trial, key)) for key in ("study", "arm", "seed", "phase", "trial_id")}
         name = f"{trial.arm} seed {trial.seed} {trial.trial_id[:8]}"
-        run = to.client.create_run(to.id, start_time=record.first_timestamp, tags=tags, run_name=name)
+        made = to.client.create_run(to.id, start_time=record.first_timestamp, tags=tags, run_name=name)
+        run = _find_run(to, trial.trial_id, record)[0] or made
     if "state" not in run.data.tags:  # the state comes last: without it somebody may have died here
         from mlflow.entities import Param
 
         to.client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params(trial).items()])
-        _log_config(to.client, run.info.run_id, folder.config.read_text(encoding="utf-8"))
+        _log_text(to.client, run.info.run_id, folder.config.read_text(encoding="utf-8"), "config.yaml")
     return str(run.info.run_id)
 
 
-def _log_config(client: Any, run_id: str, text: str) -> None:
-    """config.yaml as an artifact. A store of artifacts that does not work must not keep the metrics away: a tag says so."""
+def _log_text(client: Any, run_id: str, text: str, name: str) -> None:
+    """An artifact. A store of artifacts that does not work must not keep the metrics away: a tag says so."""
     try:
-        client.log_text(run_id, text, "config.yaml")
+        client.log_text(run_id, text, name)
     except Exception as error:
-        client.set_tag(run_id, "config", f"config.yaml is not stored: {_line(error)}")
+        client.set_tag(run_id, name.partition(".")[0], f"{name} is not stored: {_line(error)}")
+
+
+def _log_diff(client: Any, run_id: str, folder: TrialFolder, code: str | None, before: str | None) -> None:
+    """What the code snapshot `code` has that its commit has not; `before`: the snapshot of the attempt delivered last."""
+    if code is None or code == before:
+        return
+    try:
+        with open(folder.path.parent.parent / "code" / code / "uncommitted.diff", "rb") as file:
+            diff, size = file.read(DIFF_LIMIT), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        diff, size = b"", 0
+    text = diff.decode(errors="replace")
+    if size > len(diff):
+        text += f"\n[cut off: the first {len(diff)} of {size} bytes]\n"
+    if text or before is not None:  # an attempt that ran the commit as it is takes an earlier one's diff away
+        _log_text(client, run_id, text, "uncommitted.diff")
 
 
 def params(trial: Trial) -> dict[str, str]:
@@ -367,7 +485,7 @@ class Missing:
 
 def missing(store: Store, study: str, tracking_uri: str | None = None) -> list[Missing]:
     """The trials of which MLflow does not say all that their journals settle, by comparing the two. Raises DeliveryError."""
-    folders = [folder for folder in store.trials(study) if folder.journal.exists()]
+    folders = _folders(store, study)
     if not folders:
         return []
     to = _experiment(store, study, tracking_uri)
@@ -405,13 +523,13 @@ def sync(store: Store, study: str, tracking_uri: str | None = None) -> tuple[Del
 
     The second pass is for a database that lost runs or was restored behind the back of delivered.json.
     """
-    sent = deliver(store, study, tracking_uri)
+    sent = deliver(store, study, tracking_uri=tracking_uri)
     left = missing(store, study, tracking_uri)
     if not left:
         return sent, []
     for trial in left:
         _cursor_file(store.trial(study, trial.trial_id)).unlink(missing_ok=True)
-    again = deliver(store, study, tracking_uri)
+    again = deliver(store, study, tracking_uri=tracking_uri)
     return Delivered(max(sent.trials, again.trials), sent.points + again.points, again.failed), missing(store, study, tracking_uri)
 
 
@@ -419,14 +537,15 @@ def sync(store: Store, study: str, tracking_uri: str | None = None) -> tuple[Del
 
 
 class Delivery:
-    """A delivering process beside a submission; leaving the context stops it after its final pass."""
+    """A delivering process beside a submission or a job; leaving the context stops it after its final pass."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
 
     def stop(self, timeout: float = 60) -> None:
-        """Final pass, then the end. Whatever is undelivered after `timeout` seconds stays for `wrbench sync`."""
-        _schedule(self.process.pid, os.SCHED_OTHER, 0)
+        """Final pass, then the end; at once if a server does not answer. What is left after `timeout` seconds is for `wrbench sync`."""
+        for thread in _threads(self.process.pid):
+            _schedule(thread, os.SCHED_OTHER, 0)
         self.process.terminate()
         try:
             self.process.wait(timeout)
@@ -441,10 +560,13 @@ class Delivery:
         self.stop()
 
 
-def start_delivery(store: Store, study: str) -> Delivery:
-    """Starts delivering; ends by `stop`, or by itself when this process is gone. Failures: runs/STUDY/delivery.log."""
-    store.study(study).mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "harness.tracking", str(store.root), study, "--parent-pid", str(os.getpid())]
+def start_delivery(store: Store, study: str, trials: Collection[str] | None = None) -> Delivery:
+    """Starts delivering a study, or only some of its trials; ends by `stop`, or by itself when this process is gone.
+
+    Failures: runs/STUDY/delivery.log, for some trials in the logs of the first of them.
+    """
+    _log_file(store, study, trials).parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "harness.tracking", str(store.root), study, *(trials or ()), "--parent-pid", str(os.getpid())]
     # A child inherits the mask: SIGTERM waits until the child asks for it, even one sent before Python is up.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -458,8 +580,15 @@ def start_delivery(store: Store, study: str) -> Delivery:
     return Delivery(process)
 
 
+def _threads(pid: int) -> list[int]:
+    """Of a process; priorities belong to threads."""
+    with suppress(OSError):
+        return [int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()]
+    return [pid]
+
+
 def _schedule(pid: int, policy: int, nice: int) -> None:
-    """Priority of a process, as far as this user may set it (upwards only root may): CPU, and the disk's with the policy."""
+    """Priority of a thread, as far as this user may set it (upwards only root may): CPU, and the disk's with the policy."""
     with suppress(OSError):
         os.sched_setscheduler(pid, policy, os.sched_param(0))
     with suppress(OSError):
@@ -468,20 +597,77 @@ def _schedule(pid: int, policy: int, nice: int) -> None:
         Path(f"/proc/{pid}/autogroup").write_text(str(nice))  # a session is a group of its own; nice counts only inside
 
 
-def _told_to_end(seconds: float, parent: int | None) -> bool:
-    """Sleeps; True as soon as SIGTERM has come or the parent is gone."""
-    until = time.monotonic() + seconds
-    while True:
-        left = until - time.monotonic()
-        if signal.sigtimedwait({signal.SIGTERM}, max(0.0, min(left, 1.0))) or parent not in (None, os.getppid()):
-            return True
-        if left <= 0:
-            return False
+def _log_file(store: Store, study: str, trials: Collection[str] | None) -> Path:
+    return (store.trial(study, min(trials)).logs if trials else store.study(study)) / "delivery.log"
 
 
 def _log(path: Path, text: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with suppress(OSError), open(path, "a", encoding="utf-8") as file:  # a full disk must not end the delivery
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+def _answers(uri: str, seconds: float) -> bool:
+    """Whether a tracking server says anything at all within so many seconds; True for what is no HTTP server."""
+    if _scheme(uri) not in ("http", "https"):
+        return True
+    scheme, _, rest = uri.partition("://")
+    address = f"{scheme}://{rest.rpartition('@')[2].rstrip('/')}/health"
+    try:
+        urllib.request.urlopen(address, timeout=seconds).close()  # noqa: S310 - http or https
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)  # it speaks; MLflow may have other certificates
+    return True
+
+
+class _Deliverer:
+    """The delivering process."""
+
+    def __init__(self, store: Store, study: str, trials: Collection[str] | None, parent: int | None) -> None:
+        self.store, self.study, self.trials, self.parent = store, study, trials, parent
+        self.log = _log_file(store, study, trials)
+        self.told = threading.Event()
+        """to end"""
+        self.failures: tuple[str, ...] = ()
+        """of the last pass"""
+        self.compared = False
+        """with MLflow itself; from then on files tell what is new, and the server is spared"""
+
+    def run(self) -> None:
+        threading.Thread(target=self._listen, daemon=True).start()
+        wait, last = 0.0, False
+        while not last:
+            last = self.told.wait(wait)
+            began = time.monotonic()
+            self._pass(last)
+            # a tenth of the time; ever less while MLflow fails
+            wait = min(max(2 * wait if self.failures else 10 * (time.monotonic() - began), EVERY), AT_MOST)
+
+    def _pass(self, last: bool) -> None:
+        failures: tuple[str, ...] = ()
+        try:
+            if not self.compared or self.failures or undelivered(self.store, self.study, self.trials):
+                failures = deliver(self.store, self.study, self.trials, patience=PATIENCE if last else 0.0).failed
+                self.compared = True
+        except Exception as error:  # a delivering process never dies of what it delivers, or to whom
+            failures = (_line(error),)
+        for failure in failures:
+            if failure not in self.failures:  # a server may be down for days
+                _log(self.log, failure)
+        if self.failures and not failures:
+            _log(self.log, "delivered")
+        self.failures = failures
+
+    def _listen(self) -> None:
+        """Waits for SIGTERM, or to be orphaned. A server that does not answer then must not hold up the end, not even of a pass."""
+        while not signal.sigtimedwait({signal.SIGTERM}, 1.0) and self.parent in (None, os.getppid()):
+            pass
+        uri = tracking_uri(self.store)
+        if not _answers(uri, 1.0 if self.failures else 5.0):
+            _log(self.log, f"MLflow at {redacted(uri)} does not answer: the rest is left to `wrbench sync`")
+            os._exit(0)  # safe at any point, see `deliver`
+        self.told.set()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -489,23 +675,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.tracking", description=main.__doc__)
     parser.add_argument("store", type=Path)
     parser.add_argument("study")
+    parser.add_argument("trials", nargs="*")
     parser.add_argument("--parent-pid", type=int)
     options = parser.parse_args(arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    store = Store(options.store)
-    log = store.study(options.study) / "delivery.log"
-    wait, ending = 0.0, False
-    while not ending:
-        ending = _told_to_end(wait, options.parent_pid)
-        began = time.monotonic()
-        try:
-            failures = deliver(store, options.study).failed
-        except Exception as error:  # a delivering process never dies of what it delivers, or to whom
-            failures = (_line(error),)
-        for failure in failures:
-            _log(log, failure)
-        wanted = 2 * wait if failures else 10 * (time.monotonic() - began)  # a tenth of the time; ever less while MLflow fails
-        wait = min(max(wanted, EVERY), AT_MOST)
+    _Deliverer(Store(options.store), options.study, options.trials or None, options.parent_pid).run()
     return 0
 
 

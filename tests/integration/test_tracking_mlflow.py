@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import fcntl
 import json
 import math
 import os
@@ -11,10 +14,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,8 @@ import pytest
 from harness import journal, tracking
 from harness.config import Trial
 from harness.journal import Journal
-from harness.store import Store
+from harness.store import Store, close
+from tests.mlflow_server import Answer, Relay, Server
 from tests.trials import trial as make_trial
 
 STUDY = "s"
@@ -124,7 +130,7 @@ def eventually(what: Callable[[], bool]) -> None:
 def test_a_run_says_what_the_journal_settles(store: Store) -> None:
     life = Life(store, seed=3)
     with life.folder.lock():
-        life.start(world_size=2, backend="ddp", host="n1", commit="c0ffee1", pid=1)
+        life.start(world_size=2, backend="ddp", host="n1", commit="c0ffee1", python="3.11.2", torch="2.13.0", deepspeed="0.19.2", pid=1)
         life.train(0, 10)
         assert tracking.deliver(store, STUDY) == tracking.Delivered(1, 0)
         assert points(store) == [] and run(store).info.status == "RUNNING"
@@ -148,6 +154,7 @@ def test_a_run_says_what_the_journal_settles(store: Store) -> None:
     assert last.data.params == tracking.params(life.trial)
     wanted = {"study": STUDY, "arm": "AdamWR", "seed": "3", "phase": "search", "trial_id": life.id, "attempt": "1", "state": "finished"}
     wanted |= {"world_size": "2", "backend": "ddp", "host": "n1", "commit": "c0ffee1"}
+    wanted |= {"python": "3.11.2", "torch": "2.13.0", "deepspeed": "0.19.2"}
     assert {key: value for key, value in last.data.tags.items() if not key.startswith("mlflow.")} == wanted
     artifacts = list((store.study(STUDY) / "artifacts").rglob("config.yaml"))
     assert [path.read_text() for path in artifacts] == [life.folder.config.read_text()]
@@ -217,11 +224,61 @@ def test_failed_and_diverged_are_failed_and_a_retry_doubles_nothing(store: Store
     assert run(store).info.status == "FINISHED"
 
 
-def test_a_trial_that_failed_before_its_start_has_a_failed_run(store: Store) -> None:
+@pytest.mark.parametrize(("state", "status"), [("failed", "FAILED"), ("exhausted", "FAILED"), ("cancelled", "KILLED")])
+def test_a_trial_that_is_given_up_has_a_run_that_says_so_also_before_any_start(store: Store, state: str, status: str) -> None:
     life = Life(store)
-    Journal(life.folder.journal, life.id, 1).write(0, event="end", state="failed", error="no shards")
+    assert close(life.folder, state, "no shards", attempt=0)
+    assert tracking.deliver(store, STUDY) == tracking.Delivered(1, 0)
+    assert (run(store).info.status, run(store).data.tags["state"]) == (status, state)
+    assert tracking.missing(store, STUDY) == [] and tracking.undelivered(store, STUDY) == []
+    first = run(store).info.run_id
+    life.start()
+    life.train(0, 5)
+    assert close(life.folder, state, "no node")
     tracking.deliver(store, STUDY)
-    assert run(store).info.status == "FAILED"
+    assert (run(store).info.run_id, run(store).info.status, run(store).data.tags["attempt"]) == (first, status, "1")
+    assert points(store) == settled(life) and len(points(store)) == 10
+
+
+def artifact(store: Store, name: str) -> str | None:
+    found = list((store.study(STUDY) / "artifacts").rglob(name))
+    assert len(found) <= 1
+    return found[0].read_text() if found else None
+
+
+def snapshot(store: Store, code: str, diff: str) -> str:
+    folder = store.study(STUDY) / "code" / code
+    folder.mkdir(parents=True)
+    (folder / "uncommitted.diff").write_text(diff)
+    return code
+
+
+def test_the_uncommitted_diff_of_the_code_that_runs_is_an_artifact(store: Store) -> None:
+    life = Life(store)
+    life.start(code=snapshot(store, "aaa", "+ lr = 1\n"))
+    tracking.deliver(store, STUDY)
+    assert artifact(store, "uncommitted.diff") == "+ lr = 1\n" and run(store).data.tags["code"] == "aaa"
+    life.start(code=snapshot(store, "bbb", "+ lr = 2\n"))
+    tracking.deliver(store, STUDY)
+    assert artifact(store, "uncommitted.diff") == "+ lr = 2\n" and run(store).data.tags["code"] == "bbb"
+    life.start(code=snapshot(store, "ccc", ""))  # as committed: the old diff would be wrong
+    tracking.deliver(store, STUDY)
+    assert artifact(store, "uncommitted.diff") == "" and run(store).data.tags["code"] == "ccc"
+    assert artifact(store, "config.yaml") == life.folder.config.read_text()
+
+
+def test_committed_code_has_no_diff_and_a_large_one_is_cut_off(store: Store) -> None:
+    life = Life(store)
+    life.start(code=snapshot(store, "aaa", ""))
+    tracking.deliver(store, STUDY)
+    assert artifact(store, "uncommitted.diff") is None
+    life.start(code="gone")
+    tracking.deliver(store, STUDY)
+    life.start(code=snapshot(store, "bbb", "+ weights\n" * 200_000))
+    tracking.deliver(store, STUDY)
+    found = artifact(store, "uncommitted.diff")
+    assert found is not None and found.startswith("+ weights\n" * 90_000) and len(found) < 1_000_100
+    assert found.splitlines()[-1] == "[cut off: the first 1000000 of 2000000 bytes]"
 
 
 def test_nan_and_inf(store: Store) -> None:
@@ -251,6 +308,29 @@ def test_delivering_again_without_cursors_changes_nothing(store: Store) -> None:
     assert tracking.deliver(store, STUDY) == tracking.Delivered(3, 120)
     assert rows(store, "SELECT * FROM metrics ORDER BY 1, 2, 3") == before
     assert len(rows(store, "SELECT run_uuid FROM runs")) == 3
+
+
+def test_undelivered_is_what_the_next_pass_would_send(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.undelivered(store, STUDY) == []
+    whole, life = finished(store), Life(store, seed=1)
+    assert tracking.undelivered(store, STUDY) == [whole.id]  # the other has no journal
+    with life.folder.lock():
+        life.start()
+        assert sorted(tracking.undelivered(store, STUDY)) == sorted([whole.id, life.id])
+        assert tracking.undelivered(store, STUDY, [life.id]) == [life.id]
+        tracking.deliver(store, STUDY)
+        assert tracking.undelivered(store, STUDY) == []
+        life.train(0, 5)  # nothing settled
+        assert tracking.undelivered(store, STUDY) == []
+        life.checkpoint(5)
+        assert tracking.undelivered(store, STUDY) == [life.id]
+        tracking.deliver(store, STUDY)
+        assert tracking.undelivered(store, STUDY) == []
+    assert tracking.undelivered(store, STUDY) == [life.id]  # killed: the run says RUNNING
+    tracking.deliver(store, STUDY)
+    assert tracking.undelivered(store, STUDY) == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+    assert sorted(tracking.undelivered(store, STUDY)) == sorted([whole.id, life.id])
 
 
 def test_missing_compares_with_mlflow_itself_and_sync_repairs(store: Store) -> None:
@@ -296,7 +376,7 @@ def test_two_stores_never_mix_in_one_database(store: Store, tmp_path: Path) -> N
     tracking.deliver(store, STUDY)
     colleague = Store(tmp_path / "colleague")
     finished(colleague)
-    sent = tracking.deliver(colleague, STUDY, tracking.tracking_uri(store))
+    sent = tracking.deliver(colleague, STUDY, tracking_uri=tracking.tracking_uri(store))
     assert sent.points == 0 and len(sent.failed) == 1 and "another journal" in sent.failed[0]
     assert points(store) == settled(life)
 
@@ -317,7 +397,7 @@ def test_a_database_that_is_none_is_one_line(store: Store) -> None:
     finished(store)
     (store.root / "bad.db").write_text("no database " * 1000)
     with pytest.raises(tracking.DeliveryError) as error:
-        tracking.deliver(store, STUDY, f"sqlite:///{store.root}/bad.db")
+        tracking.deliver(store, STUDY, tracking_uri=f"sqlite:///{store.root}/bad.db")
     assert "not a database" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -339,6 +419,69 @@ def test_two_deliveries_at_once(store: Store) -> None:
     assert (ours.points, int(other.communicate()[0])) == (0, 10_000)  # it waited, and found nothing left to do
     assert points(store) == settled(life)
     assert len(rows(store, "SELECT run_uuid FROM runs")) == 1
+
+
+def test_only_some_trials(store: Store) -> None:
+    one, other, third = (finished(store, seed) for seed in range(3))
+    assert tracking.deliver(store, STUDY, [one.id, third.id, "no such trial"]) == tracking.Delivered(2, 80)
+    assert points(store) == settled(one, third)
+    with tracking.start_delivery(store, STUDY, [other.id]):
+        pass
+    assert points(store) == settled(one, other, third)
+
+
+def test_a_trial_that_somebody_else_delivers_holds_no_other_up(store: Store) -> None:
+    one, other = (finished(store, seed) for seed in range(2))
+    with open(one.folder.path / "delivery.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert tracking.deliver(store, STUDY, [other.id]) == tracking.Delivered(1, 40)
+        assert tracking.deliver(store, STUDY, patience=0.2) == tracking.Delivered(0, 0)  # left to them
+        assert points(store) == settled(other)
+    assert tracking.deliver(store, STUDY) == tracking.Delivered(1, 40)
+    assert points(store) == settled(one, other)
+
+
+def test_many_deliveries_begin_at_once_on_a_store_without_a_database(store: Store) -> None:
+    """One a trial, as jobs do, and one of the whole study, as `wrbench sync` does."""
+    (store.root / "mlflow.db").unlink()
+    lives = [finished(store, seed) for seed in range(3)]
+    code = DELIVER + "print(tracking.deliver(Store(Path(sys.argv[1])), sys.argv[2], sys.argv[3:] or None).failed)"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(store.root), STUDY, *trials], stdout=subprocess.PIPE, text=True)
+        for trials in ([], *([life.id] for life in lives))
+    ]
+    assert [process.communicate()[0] for process in processes] == ["()\n"] * 4
+    assert points(store) == settled(*lives)
+    assert len(rows(store, "SELECT run_uuid FROM runs")) == 3
+    assert [r[0] for r in rows(store, "SELECT name FROM experiments WHERE name != 'Default'")] == [STUDY]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_on_a_file_system_without_locks_all_is_delivered(store: Store, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    life = finished(store)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert tracking.deliver(store, STUDY) == tracking.Delivered(1, 40)
+    assert points(store) == settled(life)
+
+
+def test_of_two_runs_of_one_journal_one_goes(store: Store) -> None:
+    """As two deliveries make that begin at the same moment where there are no locks; the other one finds its run gone."""
+    life = finished(store)
+    client = tracking._client(tracking.tracking_uri(store))
+    experiment = client.create_experiment(STUDY, artifact_location=(store.study(STUDY) / "artifacts").as_uri())
+    began = life.record().first_timestamp
+    made = [client.create_run(experiment, start_time=began, tags={"trial_id": life.id}).info.run_id for _ in range(2)]
+    assert tracking.deliver(store, STUDY) == tracking.Delivered(1, 40)
+    assert run(store).info.run_id == min(made)
+    cursor = json.loads((life.folder.path / "delivered.json").read_text())
+    (life.folder.path / "delivered.json").write_text(json.dumps(cursor | {"run_id": max(made), "points": 0, "bytes": 0}))
+    assert len(tracking.deliver(store, STUDY).failed) == 1
+    assert tracking.sync(store, STUDY)[1] == []
+    assert run(store).info.run_id == min(made) == tracking.run_id(life.folder)
+    assert points(store) == settled(life)
 
 
 def test_killed_in_the_middle_then_again(store: Store) -> None:
@@ -409,55 +552,10 @@ def alive(pid: int) -> bool:
 # --------------------------------------------------------------------------------------------------- server
 
 
-class Server:
-    """`wrbench ui` on an empty store, which is an MLflow server like any other."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        if self.process is None:
-            code = DELIVER + "tracking.open_ui(Store(Path(sys.argv[1])), int(sys.argv[2]))"
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code, str(self.root), str(self.port)],
-                cwd=self.root, env=environment, text=True, start_new_session=True,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-            assert self.process.stdout is not None
-            assert self.process.stdout.readline() == f"MLflow UI: {self.url}\n"
-            eventually(self.answers)
-
-    def answers(self) -> bool:
-        assert self.process is not None and self.process.poll() is None
-        try:
-            return bool(urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200)
-        except OSError:
-            return False
-
-    def signal(self, number: int) -> None:
-        if self.process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("server")
-    shutil.copy(empty_database, root / "mlflow.db")
-    made = Server(root)
-    yield made
-    made.signal(signal.SIGKILL)
-
-
-@pytest.fixture(autouse=True)
-def direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server(tmp_path_factory.mktemp("server"), empty_database) as made:
+        yield made
 
 
 def test_a_server_that_was_down_gets_everything_once_it_is_up(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,6 +569,7 @@ def test_a_server_that_was_down_gets_everything_once_it_is_up(server: Server, st
     assert "s3cret" not in str(error.value) and "\n" not in str(error.value) and f"***@127.0.0.1:{server.port}" in str(error.value)
 
     server.start()
+    assert server.log.read_text().startswith(f"MLflow UI: {server.url}\n")
     sent, left = tracking.sync(store, STUDY)
     assert sent == tracking.Delivered(2, 2800) and left == []
     remote = Store(server.root)
@@ -518,6 +617,129 @@ def test_a_server_that_hangs_holds_nobody_up(server: Server, store: Store, monke
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     assert tracking.sync(store, STUDY) == (tracking.Delivered(1, 40), [])
     assert [row for row in points(Store(server.root)) if row[0] == life.id] == settled(life)
+
+
+@pytest.mark.parametrize("state", ["down", "hanging"])
+def test_a_server_that_does_not_answer_holds_no_end_up(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """However long a request may take: the delivering process is in the middle of one when it is told to end."""
+    server.start()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
+    finished(store, seed=100)
+    asked = threading.Event()
+
+    def hang(request: BaseHTTPRequestHandler) -> Answer | None:
+        asked.set()
+        time.sleep(600)
+        return None
+
+    with Relay(server.url, hang) as relay:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url)
+        delivery = tracking.start_delivery(store, STUDY)
+        not_starved(delivery.process.pid)
+        assert asked.wait(300)
+        if state == "hanging":
+            delivery.stop()
+    delivery.stop()
+    assert delivery.process.returncode == 0, "it was killed after a minute"
+    assert "does not answer: the rest is left to `wrbench sync`" in (store.study(STUDY) / "delivery.log").read_text()
+
+
+def test_an_error_is_logged_once_and_when_it_is_over(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.start()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    life = finished(store, seed=101)
+    asked: list[str] = []
+
+    def refuse(request: BaseHTTPRequestHandler) -> Answer | None:
+        asked.append(request.path)
+        return (403, {}, b"out of order") if len(asked) <= 3 else None
+
+    with Relay(server.url, refuse) as relay:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url)
+        deliverer = tracking._Deliverer(store, STUDY, [life.id], None)
+        for _ in range(5):
+            deliverer._pass(last=False)
+    log = (life.folder.logs / "delivery.log").read_text().splitlines()
+    assert "out of order" in log[0] and log[1].endswith(" delivered") and len(log) == 2, log
+    quiet = len(asked)
+    deliverer._pass(last=False)
+    assert len(asked) == quiet, "a server is asked only when there is something to deliver"
+
+
+LOGINS = {
+    "in the address": ({}, "ann:s3cret%2Fpass@"),
+    "as password": ({"MLFLOW_TRACKING_USERNAME": "ann", "MLFLOW_TRACKING_PASSWORD": "s3cret/pass"}, ""),
+    "as token": ({"MLFLOW_TRACKING_TOKEN": "s3cret/pass"}, ""),
+}
+
+
+@pytest.mark.parametrize("login", LOGINS)
+def test_what_a_server_repeats_of_a_login_goes_nowhere(
+    server: Server, store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], login: str
+) -> None:
+    """Not to the delivery's log, an error, a tag, a file of the store or of the server, nor on the screen."""
+    server.start()
+    variables, user = LOGINS[login]
+    for key, value in (variables | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}).items():
+        monkeypatch.setenv(key, value)
+    life = finished(store, seed=[*LOGINS].index(login), study="secrets")
+    refused = "experiments"
+    basic = base64.b64encode(b"ann:s3cret/pass").decode()
+    seen: list[str] = []
+
+    def repeat(request: BaseHTTPRequestHandler) -> Answer | None:
+        if refused not in request.path:
+            return None
+        seen.append(request.headers["Authorization"])
+        told = f"no entry for {request.headers['Authorization']} (s3cret/pass) at http://ann:s3cret/pass@127.0.0.1{request.path}"
+        return 403, {"Content-Type": "application/json"}, json.dumps({"error_code": "PERMISSION_DENIED", "message": told}).encode()
+
+    with Relay(server.url, repeat) as relay:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url.replace("://", f"://{user}"))
+        with pytest.raises(tracking.DeliveryError, match="no entry for") as error:
+            tracking.deliver(store, "secrets")
+        assert not holds_secret(str(error.value), basic)
+        assert seen[0] in (f"Basic {basic}", "Bearer s3cret/pass"), "the test is about something"
+        with tracking.start_delivery(store, "secrets") as delivery:
+            not_starved(delivery.process.pid)
+            log = store.study("secrets") / "delivery.log"
+            eventually(lambda: log.exists() and "no entry for" in log.read_text())
+        refused = "mlflow-artifacts"
+        assert tracking.deliver(store, "secrets").failed == ()
+        found = tracking._client(server.url).get_run(tracking.run_id(life.folder))
+        assert "no entry for" in found.data.tags["config"] and not holds_secret(str(found), basic)
+        refused = "log-batch"
+        tracking._cursor_file(life.folder).unlink()
+        (failure,) = tracking.deliver(store, "secrets").failed
+        assert "no entry for" in failure and not holds_secret(failure, basic)
+    files = [path for root in (store.root, server.root) for path in root.rglob("*") if path.is_file()]
+    assert [path for path in files if holds_secret(path.read_bytes().decode(errors="replace"), basic)] == []
+    assert capfd.readouterr() == ("", "")
+
+
+def holds_secret(text: str, basic: str) -> bool:
+    return any(secret in text for secret in ("s3cret/pass", "s3cret%2Fpass", basic))
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022])
+def test_files_are_the_users_own_umasks(store: Store, umask: int) -> None:
+    (store.root / "mlflow.db").unlink()
+    store.root.chmod(0o777 & ~umask)
+    life = finished(store)
+    before = set(store.root.rglob("*"))
+    code = DELIVER + "import os; os.umask(int(sys.argv[3])); tracking.deliver(Store(Path(sys.argv[1])), sys.argv[2])"
+    code += "; tracking.start_delivery(Store(Path(sys.argv[1])), sys.argv[2]).stop(); tracking._log(Path(sys.argv[1]) / 'log', '')"
+    subprocess.run([sys.executable, "-c", code, str(store.root), STUDY, str(umask)], check=True)
+    made = set(store.root.rglob("*")) - before
+    assert {"mlflow.db", "delivered.json", "delivery.lock", "config.yaml", "log"} <= {path.name for path in made}
+    assert {
+        path.name: oct(path.stat().st_mode & 0o777) for path in made if path.is_file() and path.stat().st_mode & 0o777 != 0o666 & ~umask
+    } == {}
+    assert {
+        path.name: oct(path.stat().st_mode & 0o777) for path in made if path.is_dir() and path.stat().st_mode & 0o777 != 0o777 & ~umask
+    } == {}
+    assert points(store) == settled(life)
 
 
 def test_the_ui_shows_an_embedded_store_with_its_artifacts(server: Server) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import multiprocessing
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -47,6 +51,63 @@ def test_tracking_uri_is_the_store_unless_the_environment_says_otherwise(store: 
 )
 def test_secrets_are_struck_out(text: str, safe: str) -> None:
     assert tracking.redacted(text) == safe
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"])
+def test_what_the_environment_logs_in_with_is_struck_out(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "s3cret")
+    assert tracking.redacted("no entry for s3cret here") == "no entry for *** here"
+
+
+def test_a_password_is_struck_out_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ann:s3c%40ret@host/db")
+    for form in ("s3c@ret", "s3c%40ret", base64.b64encode(b"ann:s3c@ret").decode()):
+        assert tracking.redacted(f"access denied: {form}.") == "access denied: ***."
+
+
+# ------------------------------------------------------------------------------------------------ a server's answer
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """Accepts connections, as the kernel does for a server that hangs, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def address(of: socket.socket) -> str:
+    return f"http://ann:s3cret@127.0.0.1:{of.getsockname()[1]}/"
+
+
+def test_a_server_that_hangs_or_is_down_does_not_answer(listener: socket.socket) -> None:
+    assert not tracking._answers(address(listener), 0.2)
+    listener.close()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert not tracking._answers(f"http://127.0.0.1:{port}", 0.2)
+
+
+def test_a_server_that_refuses_or_speaks_otherwise_answers(listener: socket.socket) -> None:
+    def serve(reply: bytes) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            requests.append(connection.recv(10_000))
+            connection.sendall(reply)
+
+    requests: list[bytes] = []
+    for scheme, reply, seen in (
+        ("http", b"HTTP/1.0 401 Unauthorized\r\n\r\n", b"GET /health HTTP/1.1"),
+        ("https", b"HTTP/1.0 200 OK\r\n\r\n", b"\x16\x03"),  # not TLS
+    ):
+        thread = threading.Thread(target=serve, args=(reply,))
+        thread.start()
+        assert tracking._answers(address(listener).replace("http", scheme), 20), scheme
+        thread.join()
+        assert requests[-1].startswith(seen) and b"s3cret" not in requests[-1]
+
+
+def test_what_is_no_server_is_not_asked() -> None:
+    assert tracking._answers("sqlite:////nowhere/mlflow.db", 0.1)
 
 
 # ------------------------------------------------------------------------------------------------ check_store
@@ -137,14 +198,15 @@ def test_run_id_is_known_from_the_folder_alone(store: Store) -> None:
     folder = store.trial("s", "abc")
     assert tracking.run_id(folder) is None
     folder.path.mkdir(parents=True)
-    (folder.path / "delivered.json").write_text(json.dumps({"run_id": "r1"}))
+    cursor = {"to": "here", "run_id": "r1", "points": 1, "bytes": 2, "running": False, "code": None}
+    (folder.path / "delivered.json").write_text(json.dumps(cursor))
     assert tracking.run_id(folder) == "r1"
     (folder.path / "delivered.json").write_text("{")
     assert tracking.run_id(folder) is None
 
 
 def test_a_study_without_journals_needs_no_mlflow(store: Store) -> None:
-    assert tracking.deliver(store, "s", "http://127.0.0.1:9") == tracking.Delivered(0, 0)
+    assert tracking.deliver(store, "s", tracking_uri="http://127.0.0.1:9") == tracking.Delivered(0, 0)
     assert tracking.missing(store, "s", "http://127.0.0.1:9") == []
 
 

@@ -1,0 +1,126 @@
+"""A real MLflow server for tests, and a relay before it that sees, holds up or refuses requests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+UI = "import sys; from pathlib import Path; from harness.store import Store; from harness import tracking; tracking.open_ui(Store(Path(sys.argv[1])), int(sys.argv[2]))"
+
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+
+
+class Server:
+    """`wrbench ui` on a store of its own, which is an MLflow server like any other."""
+
+    def __init__(self, root: Path, empty_database: Path | None = None) -> None:
+        """empty_database: to begin with, since MLflow takes seconds to make one."""
+        self.root = root
+        self.database, self.log = root / "mlflow.db", root / "server.log"
+        if empty_database is not None:
+            shutil.copy(empty_database, self.database)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, wait: bool = True) -> None:
+        """Unless it runs. Returns when it answers; wait=False: at once."""
+        if self.process is None:
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+            with open(self.log, "w") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", UI, str(self.root), str(self.port)],
+                    env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                )  # fmt: skip
+        deadline = time.monotonic() + 300
+        while wait and not self.answers():
+            assert time.monotonic() < deadline, "the MLflow server does not answer"
+            time.sleep(0.05)
+
+    def answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, "the MLflow server has ended"
+        try:
+            return bool(urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200)
+        except OSError:
+            return False
+
+    def signal(self, number: int) -> None:
+        """To all its processes."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """Whatever it is doing; it can be started again."""
+        self.signal(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+        self.process = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class Relay:
+    """Passes requests on to a server. `before` sees each first, and may answer it itself."""
+
+    def __init__(self, server_url: str, before: Callable[[BaseHTTPRequestHandler], Answer | None]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status, headers, content = before(self) or passed_on(self, body)
+                self.send_response(status)
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+        def passed_on(request: BaseHTTPRequestHandler, body: bytes) -> Answer:
+            headers = {key: value for key, value in request.headers.items() if key in ("Content-Type", "Authorization")}
+            sent = urllib.request.Request(server_url + request.path, body or None, headers, method=request.command)
+            try:
+                with urllib.request.urlopen(sent, timeout=60) as got:
+                    return got.status, {"Content-Type": got.headers.get("Content-Type", "")}, got.read()
+            except urllib.error.HTTPError as refusal:
+                return refusal.code, {"Content-Type": refusal.headers.get("Content-Type", "")}, refusal.read()
+            except OSError as error:
+                return 502, {}, str(error).encode()
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = int(self._http.server_address[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._http.shutdown()
+        self._http.server_close()
