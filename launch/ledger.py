@@ -76,9 +76,11 @@ class Ledger:
             match read["event"]:
                 case "queued":
                     entry.token, entry.index, entry.code, entry.job_id = read.get("token"), read.get("index"), read.get("code"), None
-                    entry.since = len(entry.lives)
+                    entry.since, entry.cancelled = len(entry.lives), False
                 case "submitted" if read.get("token") == entry.token:
                     entry.job_id = read["job_id"]
+                case "cancelled" if read.get("token") == entry.token:
+                    entry.cancelled = True
                 case "started":
                     entry.lives.append(Life(read))
                 case "ended" | "requeued" as event:
@@ -127,6 +129,13 @@ class Entry:
     lives: list[Life] = field(default_factory=list)
     since: int = 0
     """lives before the newest submission"""
+    cancelled: bool = False
+    """taken back since then; a life that runs saves itself first"""
+
+    @property
+    def lives_on(self) -> bool:
+        """A life has begun and not ended, as far as anybody wrote down."""
+        return bool(self.lives) and self.lives[-1].ended is None
 
 
 def is_alive(newest: Mapping[str, Any], logs: Path) -> bool:

@@ -85,12 +85,12 @@ def _of_slurm(record: TrialState, entry: Entry, task: slurm.Task | None, known: 
     event = entry.newest["event"]
     if record.state in ("finished", "diverged"):
         return record.state
+    if entry.cancelled and (task is None or task.waits or not entry.lives_on):
+        return "cancelled"
     if task is not None:
-        began = event == "started" and not task.waits
+        began = event in ("started", "cancelled") and not task.waits
         over = event == "ended" and entry.newest.get("final")  # its task goes on with another trial
         return record.state if over else "running" if began else "queued"
-    if event == "cancelled":
-        return "cancelled"
     if known:
         return "interrupted" if record.state == "running" else record.state
     return {"started": "running", "ended": record.state}.get(event, "queued")

@@ -47,7 +47,7 @@ class End:
 
     state: TrialState
     kind: str
-    """finished | diverged | preempted | time limit | stopped | superseded | terminated | stalled | one of failure.kind"""
+    """finished | diverged | cancelled | preempted | time limit | stopped | superseded | terminated | stalled | one of failure.kind"""
     error: str | None = None
     seconds: float = 0.0
     """from srun to its end"""
@@ -93,7 +93,7 @@ class Supervisor:
                         if not exhausted or trial_id != self.given.tasks[self.index][-1]:
                             delivering.close()
                             return self._requeue(end.kind, trial, folder)
-                    elif end.state.state in ("finished", "diverged") or self._is_hopeless(end, trial, folder):
+                    elif end.kind in ("finished", "diverged", "cancelled") or self._is_hopeless(end, trial, folder):
                         continue
                     elif end.kind == "node":  # perhaps there are better ones
                         delivering.close()
@@ -107,7 +107,7 @@ class Supervisor:
     def _over(self, trial_id: str, folder: TrialFolder) -> bool:
         """Whether there is nothing (more) to do for a trial, or it is another submission's by now."""
         entry = self._entry(trial_id)
-        ours = entry.token == self.given.token and entry.newest["event"] != "cancelled"
+        ours = entry.token == self.given.token and not entry.cancelled
         final = entry.newest.get("event") == "ended" and entry.newest.get("final", False)
         return not ours or final or folder.state().state in ("finished", "diverged")
 
@@ -177,12 +177,14 @@ class Supervisor:
 
     def _judge(self, exit_status: int, stalled: bool, attempt: int, folder: TrialFolder, log: Path) -> End:
         state, own = folder.state(), [line for line in journal.read(folder.journal) if line["attempt"] == attempt]
-        lives = self._entry(folder.path.name).lives
-        newest = lives[-1].started if lives else {}
+        entry = self._entry(folder.path.name)
+        newest = entry.lives[-1].started if entry.lives else {}
         if (newest.get("token"), newest.get("job_id"), newest.get("life")) != (self.given.token, self.job_id, self.life):
             return End(state, "superseded")  # this node was cut off, and the trial goes on elsewhere
         if state.state in ("finished", "diverged"):
             return End(state, state.state)
+        if entry.cancelled:
+            return End(state, "cancelled")
         by_signal = exit_status - 128 in (signal.SIGTERM, signal.Signals[f"SIG{self.cluster.signal}"])
         if any(line.get("event") == "stop" for line in own) or by_signal:
             return End(state, self._why_stopped())
@@ -199,17 +201,13 @@ class Supervisor:
     def _why_stopped(self) -> str:
         """preempted | time limit | stopped (by a signal from a person), or terminated when SLURM ends the job anyway."""
         state = self._state_of_job()
-        if state.get("JobState") in ("CANCELLED", "TIMEOUT", "FAILED") or self._entry_cancelled():
+        if state.get("JobState") in ("CANCELLED", "TIMEOUT", "FAILED"):
             return "terminated"
         if state.get("PreemptTime", "None") not in ("None", "Unknown"):
             return "preempted"
         limit = 60 * self.cluster.time_minutes
         near = time.monotonic() - self.began > limit - self.cluster.signal_lead_seconds - SLACK
         return "time limit" if near else "preempted" if self.terminated else "stopped"
-
-    def _entry_cancelled(self) -> bool:
-        entries = self.ledger.entries()
-        return all(entries[i].newest["event"] == "cancelled" for i in self.given.tasks[self.index] if i in entries)
 
     def _state_of_job(self) -> dict[str, str]:
         try:
