@@ -31,6 +31,8 @@ _EXCLUSIVE = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """what a file system without locks answers"""
 
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, which a thousand trials make felt
+
 RETRIED = ("failed", "exhausted")
 """states of trials that are run again only when somebody asks for it"""
 ENDED = ("finished", "diverged", *RETRIED)
@@ -90,7 +92,7 @@ class TrialFolder:
 
     def write_config(self, trial: Trial) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, yaml.safe_dump(trial.model_dump(mode="json", exclude_unset=True), sort_keys=False))
+        write_atomically(self.config, yaml.dump(trial.model_dump(mode="json", exclude_unset=True), Dumper=_Dumper, sort_keys=False))
 
     def read_config(self) -> Trial:
         return parse(Trial, read_yaml(self.config), str(self.config))

@@ -203,9 +203,9 @@ def _tokens(found: Standings) -> set[str]:
 
 
 def _release(found: Standings) -> None:
-    if held := [task.job_id for task in found.tasks if task.held]:
+    if held := [task.job_id for task in found.tasks if task.held_by_mishap]:
         slurm.release(held)
-        print(f"released {', '.join(held)}, which SLURM held after a failed launch")
+        print(f"released {len(held)} task(s) that SLURM held after a failed launch: {', '.join(held[:5])}{', ...' if held[5:] else ''}")
 
 
 def _room() -> int | None:

@@ -65,8 +65,13 @@ class Task:
 
     @property
     def held(self) -> bool:
-        """Waits for somebody to run `scontrol release`: a launch failed, or it was requeued into a hold."""
+        """Waits for somebody to run `scontrol release`."""
         return self.waits and "held" in self.reason.lower()
+
+    @property
+    def held_by_mishap(self) -> bool:
+        """SLURM held it after a failed launch, or it was requeued into a hold: nobody has asked for that hold by itself."""
+        return self.held and "requeued" in self.reason.lower()
 
 
 _FIELDS = "%i|%T|%r|%N|%k|%u|%S"
