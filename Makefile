@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test unit lint integration test-slurm slurm-up slurm-down bench equivalence gpu-check clean
+.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench equivalence gpu-check clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.installed
@@ -58,6 +58,12 @@ slurm-up: setup  # a cluster of four nodes on this machine, to play with
 
 slurm-down: setup
 	@$(BIN)/python -m tests.slurm.cluster down
+
+faults: setup
+	@$(BIN)/python -m tests.faults
+
+soak: setup
+	@$(BIN)/python -m tests.faults.soak
 
 bench: setup data/mnist5k
 	@$(BIN)/python -m tests.benchmarks.bench
