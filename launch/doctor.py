@@ -24,6 +24,7 @@ from harness.config import CONFIGS, BadInput, WorkloadFile, parse, read_yaml
 from harness.data.index import Index
 from harness.store import Store
 from harness.tracking import check_store, redacted, tracking_uri
+from launch import slurm
 from launch.local import visible_gpus
 
 INSTALL = "make setup"
@@ -153,11 +154,19 @@ def _tracking(store: Store) -> Finding:
 
 
 def _slurm() -> Finding:
-    absent = [name for name in ("sbatch", "squeue") if shutil.which(name) is None]
-    if absent:
+    if absent := [name for name in ("sbatch", "squeue", "scontrol") if shutil.which(name) is None]:
         fix = "on a cluster, run wrbench on a login node"
-        return Finding("SLURM", False, f"no {' and no '.join(absent)}: studies run on this machine (--cluster local)", fix)
-    return Finding("SLURM", True, "sbatch and squeue found")
+        return Finding("SLURM", False, f"no {', no '.join(absent)}: studies run on this machine (--cluster local)", fix)
+    try:
+        longest = slurm.max_array_size()
+    except slurm.SlurmError as error:
+        return Finding("SLURM", False, f"found, but its controller does not answer: {error}", "see whether SLURM_CONF is right")
+    try:
+        slurm.run("sacct", "--noheader", "--allocations", seconds=20)
+        accounting = "sacct answers"
+    except slurm.SlurmError:
+        accounting = "no slurmdbd: states come from squeue and the journals"
+    return Finding("SLURM", True, f"its controller answers; arrays of up to {longest} tasks; {accounting}")
 
 
 def _decoding() -> Finding:
