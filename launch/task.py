@@ -11,6 +11,7 @@ themselves reaches them and not this process. After a node failure SLURM itself 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -120,7 +121,7 @@ class Supervisor:
         ranks = self.given.nodes * self.given.tasks_per_node
         self.ledger.append("started", trial, attempt, **place, nodes=self.nodes, ranks=ranks, step=before.committed)
         began, started = time.monotonic(), time.time()
-        log = folder.logs / f"{self.job_id}.{self.life}.{attempt}"
+        log = folder.logs / f"{self.job_id}.{self.life}.{len(self._entry(trial.trial_id).lives)}"  # one that claims no number has its own
         with open(f"{log}_srun_log.err", "ab") as said:
             process = subprocess.Popen(self._srun(trial, log), env=os.environ | self._meeting(), stdin=subprocess.DEVNULL, stderr=said)
         stalled = self._watch(process, folder)
@@ -185,8 +186,9 @@ class Supervisor:
             return End(state, state.state)
         if entry.cancelled:
             return End(state, "cancelled")
-        by_signal = exit_status - 128 in (signal.SIGTERM, signal.Signals[f"SIG{self.cluster.signal}"])
-        if any(line.get("event") == "stop" for line in own) or by_signal:
+        stopping = (signal.SIGTERM, signal.Signals[f"SIG{self.cluster.signal}"])
+        by_signal = exit_status - 128 in stopping and _first_end(log) in (None, *map(signal.strsignal, stopping))
+        if any(line.get("event") == "stop" for line in own) or (by_signal and not stalled):
             return End(state, self._why_stopped())
         if self.terminated:
             return End(state, "terminated")
@@ -291,6 +293,13 @@ def _launch_failure(log: Path) -> str | None:
     """What srun says when the fault is a node's, and no rank could say anything."""
     said = Path(f"{log}_srun_log.err").read_text(errors="replace")
     return next((line for line in said.splitlines() if failure.kind(line, None) == "node"), None)
+
+
+def _first_end(log: Path) -> str | None:
+    """How the first ranks ended, in srun's words; it then ends the others by SIGTERM, and its own status may be theirs."""
+    said = Path(f"{log}_srun_log.err").read_text(errors="replace")
+    found = re.search(r"^srun: error: \S+ tasks? [-,\d]+: (.*)$", said, re.M)
+    return found[1] if found else None
 
 
 def _is_free(port: int) -> bool:
