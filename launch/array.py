@@ -31,7 +31,7 @@ from harness.store import Store, write_atomically
 from harness.study import LoadedStudy, Planned, planned
 from launch import slurm, snapshot
 from launch.ledger import Ledger, Submitter, line
-from launch.standing import Standing, Standings, job_name, standings
+from launch.standing import Standing, Standings, job_name, queue, standings
 from launch.status import label
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 120.0
 """seconds to wait for another submitter, who needs a few"""
+CHAIN = "-chain"
+"""at the end of the name of the job that submits again"""
 
 
 class Submission(Frozen):
@@ -89,8 +91,8 @@ def shape_of(loaded: LoadedStudy, cluster: Slurm, phase: str) -> Shape:
 class Work:
     """What a submission finds to do; `problems` keep the study from being complete, `notes` do not. A line each."""
 
-    def __init__(self, loaded: LoadedStudy, store: Store, cluster: Slurm, phase: str | None, retry: bool) -> None:
-        self.standings: Standings = standings(store, loaded.name)
+    def __init__(self, loaded: LoadedStudy, store: Store, cluster: Slurm, phase: str | None, retry: bool, ours: bool = False) -> None:
+        self.standings: Standings = standings(store, loaded.name, ours)
         self.plan: list[Planned] = [p for p in planned(loaded, self.standings.results()) if phase in (None, p.phase)]
         self.missing: list[Trial] = []
         self.problems: list[str] = []
@@ -151,7 +153,7 @@ def submit(
             holder = Submitter(store.study(loaded.name)).path
             print(f"error: another submission of {loaded.name} is at work (it holds {holder}); wait for it, or stop it", file=sys.stderr)
             return 1, False
-        work = Work(loaded, store, cluster, phase, retry)
+        work = Work(loaded, store, cluster, phase, retry, ours)
         if work.standings.warning:
             print(f"error: {work.standings.warning}; nothing is submitted, since what is queued is not known", file=sys.stderr)
             return 1, False
@@ -162,7 +164,7 @@ def submit(
         elif work.left:
             work.notes.append(f"left the study file, and still queued or running: {', '.join(work.left)}; --prune cancels them")
         submitted = 0
-        arrays = {t.job_id.partition("_")[0] for t in work.standings.tasks if t.comment in _tokens(work.standings)}
+        arrays = {task.job_id.partition("_")[0] for task in work.standings.tasks}
         if work.missing:
             write_atomically(ledger.path.parent / "study.yaml", loaded.text())
             code = snapshot.take(ledger.path.parent)
@@ -196,10 +198,6 @@ def standing_line(loaded: LoadedStudy, now: Standings, submitted: int) -> str:
     states = [s.state for trial_id, s in now.trials.items() if trial_id in ids]
     counts = f"submitted {submitted}, running {states.count('running')}, finished {states.count('finished')}"
     return f"{counts}, queued {states.count('queued')}"
-
-
-def _tokens(found: Standings) -> set[str]:
-    return {s.entry.token for s in found.trials.values() if s.entry.token}
 
 
 def _release(found: Standings) -> None:
@@ -308,8 +306,8 @@ def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[s
     """A small job that submits again when the arrays have ended, however they ended; not when there is one already."""
     from launch import sbatch
 
-    name = f"{job_name(loaded.name)}-chain"
-    if any(task.waits and task.job_id != slurm.inside() for task in slurm.queue(name)):
+    name = job_name(loaded.name, CHAIN)
+    if any(task.waits and task.job_id != slurm.inside() for task in queue(store, loaded.name, CHAIN)):
         return
     own = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "time_minutes": 60, "signal_lead_seconds": 60}
     asked = cluster.model_dump(exclude_unset=True, exclude={"overrides", "gpus_per_node", "mem_gb"})
@@ -406,7 +404,7 @@ def cancel(loaded: LoadedStudy, store: Store) -> list[str]:
     if not is_by_slurm(store, loaded.name):
         return []
     with Submitter(store.study(loaded.name)).lock(PATIENCE):
-        chained = [task.job_id for task in slurm.queue(f"{job_name(loaded.name)}-chain") if task.job_id != slurm.inside()]
+        chained = [task.job_id for task in queue(store, loaded.name, CHAIN) if task.job_id != slurm.inside()]
         if chained:
             slurm.cancel(chained)
         found = standings(store, loaded.name)

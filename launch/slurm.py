@@ -8,9 +8,11 @@ from __future__ import annotations
 import getpass
 import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 SECONDS = 60.0
@@ -131,7 +133,8 @@ def cancel(job_ids: Sequence[str], signal: str | None = None) -> None:
 
 def address(node: str) -> str:
     """Where the ranks meet: the node's own name, or where that does not resolve the address that SLURM reaches it at."""
-    if subprocess.run(["getent", "hosts", node], capture_output=True, timeout=SECONDS).returncode == 0:
+    with suppress(OSError):
+        socket.getaddrinfo(node, None)
         return node
     found = re.search(r"NodeAddr=(\S+)", run("scontrol", "--oneliner", "show", "node", node))
     return found[1] if found else node

@@ -13,8 +13,13 @@ from launch import slurm
 from launch.ledger import Entry, Ledger, Submitter, is_alive
 
 
-def job_name(study: str) -> str:
-    return f"wrbench-{study}"
+def job_name(study: str, suffix: str = "") -> str:
+    return f"wrbench-{study}{suffix}"
+
+
+def queue(store: Store, study: str, suffix: str = "") -> list[slurm.Task]:
+    """What SLURM has of this store's study, and not of another store's of the same name. Raises SlurmError."""
+    return [t for t in slurm.queue(job_name(study, suffix)) if (store.study(study) / "submissions" / t.comment).is_dir()]
 
 
 @dataclass(frozen=True)
@@ -53,20 +58,23 @@ class Standings:
         }
 
 
-def standings(store: Store, study: str) -> Standings:
-    """Reads every trial's record; asks SLURM only about a study that was ever given to it."""
+def standings(store: Store, study: str, ours: bool = False) -> Standings:
+    """Reads every trial's record; asks SLURM only about a study that was ever given to it.
+
+    ours: the caller holds the study's lock, so that nobody else is about to start what the ledger calls queued.
+    """
     entries = Ledger(store.study(study)).entries()
     tasks: list[slurm.Task] = []
     warning = None
     by_slurm = any(entry.token for entry in entries.values())
     if by_slurm:
         try:
-            tasks = slurm.queue(job_name(study))
+            tasks = queue(store, study)
         except slurm.SlurmError as error:
             warning = str(error)
     arrays = {task.comment: task.job_id.partition("_")[0] for task in tasks}
     by_id = {task.job_id: task for task in tasks}
-    submitting = Submitter(store.study(study)).pid() is not None
+    submitting = not ours and Submitter(store.study(study)).pid() is not None
     trials = {}
     for trial_id in sorted({folder.path.name for folder in store.trials(study)} | entries.keys()):
         folder = store.trial(study, trial_id)

@@ -11,6 +11,7 @@ themselves reaches them and not this process. After a node failure SLURM itself 
 from __future__ import annotations
 
 import os
+import random
 import re
 import shlex
 import signal
@@ -38,6 +39,8 @@ SLACK = 75.0
 """seconds that SLURM may send its signal earlier than asked, and some"""
 STOPPED = ("preempted", "time limit", "stopped")
 """kinds of ends after which the task goes back into the queue"""
+PORTS = 16
+"""for each job to meet at; the ranks bind one seconds after it was found free, so it must not be another job's choice"""
 TO_DELIVER = 2.0
 """seconds that the end of a task waits for MLflow; `wrbench sync` delivers the rest"""
 
@@ -126,6 +129,8 @@ class Supervisor:
             process = subprocess.Popen(self._srun(trial, log), env=os.environ | self._meeting(), stdin=subprocess.DEVNULL, stderr=said)
         stalled = self._watch(process, folder)
         end = self._judge(process.returncode, stalled, attempt, folder, log)
+        if not Path(said.name).stat().st_size:
+            Path(said.name).unlink()
         end.seconds = time.monotonic() - began
         lost = time.time() - max(started, _last_commit(folder, attempt))
         run_id = tracking.run_id(folder)
@@ -146,9 +151,9 @@ class Supervisor:
         ]  # fmt: skip
 
     def _meeting(self) -> dict[str, str]:
-        """MASTER_ADDR, the first node, and a port that is free there and that no other job of the cluster begins with."""
-        first = 10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000  # below what Linux gives to outgoing connections
-        port = next(p for p in range(first, first + 1000) if _is_free(p))
+        """MASTER_ADDR, the first node, and a port that is free there, of those that are this job's and not its neighbours'."""
+        first = 10_000 + PORTS * (int(os.environ["SLURM_JOB_ID"]) % (20_000 // PORTS))  # below what Linux gives to outgoing connections
+        port = next(p for p in (*random.sample(range(first, first + PORTS), PORTS), *range(first, 30_000 + PORTS)) if _is_free(p))
         return {"MASTER_ADDR": slurm.address(slurm.first_host(self.nodes)), "MASTER_PORT": str(port), "WRBENCH_JOB_ID": self.job_id}
 
     def _watch(self, process: subprocess.Popen[bytes], folder: TrialFolder) -> bool:
@@ -304,6 +309,7 @@ def _first_end(log: Path) -> str | None:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: connections of the life before may linger
         try:
             probe.bind(("", port))
         except OSError:
