@@ -212,6 +212,8 @@ def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], n
     if any(r.gpu_hours is not None for r in found):
         used, lost = (sum(h or 0.0 for h in column) for column in zip(*((r.gpu_hours, r.gpu_hours_lost) for r in found), strict=True))
         below.append(f"{used:.2f} GPU-hours used, of these {lost:.2f} lost to restarts; {sum(r.preemptions for r in found)} times requeued")
+    if ends := [r.expected_finish for r in found if r.expected_finish]:
+        below.append(f"the running ones are expected to end by {max(ends).replace('T', ' ')}")
     below += [f"{r.trial_id} {r.arm} seed {r.seed} waits: {r.reason}" for r in found if r.reason and "held" in r.reason]
     reasons = Counter(r.reason for r in found if r.reason and "held" not in r.reason)
     below += [f"{n} queued: {reason}" for reason, n in reasons.most_common()]
