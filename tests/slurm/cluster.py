@@ -64,6 +64,7 @@ class Cluster:
     cpus: int = 8  # a node, whatever the machine has
     gpus: int = 2  # a node; fake: CUDA_VISIBLE_DEVICES is set, nothing is behind it
     accounting: bool = True  # False: neither slurmdbd nor MariaDB; sacct fails
+    enforce: bool = False  # True: an unknown account, or more nodes than a partition has, is refused at once
     preempt_send_user_signal: bool = True  # False: a preempted job gets SIGCONT and SIGTERM only
     grace_seconds: int = 30  # from the first signal of a preemption to SIGKILL
     kill_wait: int = 5  # from SIGTERM to SIGKILL at the time limit and in scancel
@@ -231,6 +232,9 @@ class Cluster:
         self._run("slurmdbd")
         self._until(lambda: self._call("sacctmgr", "-n", "list", "cluster").returncode == 0, "slurmdbd", deadline)
         self._run("sacctmgr", "-i", "add", "cluster", "wrbench")  # before slurmctld registers itself there
+        if _user() != "root":  # who has an account there from the start
+            self._run("sacctmgr", "-i", "add", "account", "wrbench")
+            self._run("sacctmgr", "-i", "add", "user", _user(), "account=wrbench")
 
     @property
     def _database_socket(self) -> Path:
@@ -311,6 +315,7 @@ class Cluster:
                 f"AccountingStoragePort={accounting_port}",
                 f"AccountingStoragePass={folder / 'munge.socket'}",  # AuthInfo does not hold for slurmdbd's clients
                 "AccountingStorageTRES=gres/gpu",
+                *(["AccountingStorageEnforce=associations", "EnforcePartLimits=ALL"] if self.enforce else []),
             ]
         self.configuration.write_text(MARK + "\n".join(lines) + "\n")
         # Nothing uses cgroups, yet slurmd loads a plugin for them: that of version 2, where it finds those, wants root and systemd.
