@@ -21,10 +21,14 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch._dynamo", "harness.train", "deepspeed"])  # imported once: a rank starts in a tenth of a second
 
 
-def _rank(env: dict[str, str], root: str, folder: str, log: str) -> None:
-    """A rank, in a process of its own. Exits 0 when the trial is finished, 3 when it was stopped, 1 when it raised."""
+SUPERSEDED = 4
+
+
+def _rank(env: dict[str, str], root: str, folder: str, log: str, takes_over: bool) -> None:
+    """A rank, in a process of its own. Exits 0 when the trial is finished, 3 when it was stopped, SUPERSEDED, 1 when it raised."""
     import torch
 
+    from harness.checkpoint import Superseded
     from harness.train import train
 
     with open(log, "w") as file:
@@ -32,14 +36,18 @@ def _rank(env: dict[str, str], root: str, folder: str, log: str) -> None:
         os.dup2(file.fileno(), 2)
     os.environ.update(env)
     torch.set_num_threads(1)
-    state = train(TrialFolder(Path(folder)).read_config(), Store(Path(root)))["state"]
+    try:
+        state = train(TrialFolder(Path(folder)).read_config(), Store(Path(root)), takes_over=takes_over)["state"]
+    except Superseded as newer:
+        print(newer)
+        sys.exit(SUPERSEDED)
     sys.exit(0 if state == "finished" else 3)
 
 
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, trial: Trial, store: Store, world_size: int) -> None:
+    def __init__(self, trial: Trial, store: Store, world_size: int, takes_over: bool = False) -> None:
         self.folder: TrialFolder = store.trial(trial.study, trial.trial_id)
         self.folder.write_config(trial)
         self._attempts_before = len(self._record().starts)
@@ -51,7 +59,8 @@ class Ranks:
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                 "WRBENCH_RENDEZVOUS": f"file://{self.folder.logs}/{unique}", "CUDA_VISIBLE_DEVICES": "",
             }  # fmt: skip
-            process = _server.Process(target=_rank, args=(env, str(store.root), str(self.folder.path), str(log)), daemon=True)
+            arguments = (env, str(store.root), str(self.folder.path), str(log), takes_over)
+            process = _server.Process(target=_rank, args=arguments, daemon=True)
             process.start()
             self.processes.append(process)
 
@@ -65,6 +74,10 @@ class Ranks:
             if any(p.exitcode is not None for p in self.processes) or time.monotonic() > deadline:
                 raise AssertionError(f"the trial ended before step {step}: {self.errors()}")
             time.sleep(0.002)
+
+    def signal_all(self, number: signal.Signals) -> None:
+        for rank in range(len(self.processes)):
+            self.signal(rank, number)
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         pid = self.processes[rank].pid

@@ -47,10 +47,13 @@ def _state(step: int) -> dict[str, dict[str, Any]]:
     }
 
 
+CYCLE_ENDS = range(0, 100_000, 5)
+
+
 def _save_for_ever(path: Path, committed: Connection) -> None:
     folder, alone = TrialFolder(path), dist.Ranks(0, 0, 1, torch.device("cpu"))
     attempt = folder.claim()
-    checkpoint.tidy(folder, 2, attempt)
+    checkpoint.tidy(folder, 2, attempt, CYCLE_ENDS)
     saved, _ = checkpoint.newest(folder, "abc")
     book = Journal(folder.journal, "abc", attempt)
     step = saved.step if saved else 0
@@ -58,7 +61,7 @@ def _save_for_ever(path: Path, committed: Connection) -> None:
         step += 1
         assert Saving(folder, alone, "abc", attempt, step, _state(step), {}).commit(book) is None
         committed.send(step)
-        checkpoint.tidy(folder, 2, attempt)
+        checkpoint.tidy(folder, 2, attempt, CYCLE_ENDS)
 
 
 def _received(connection: Connection) -> Iterator[int]:
@@ -99,6 +102,12 @@ def test_kill_9_at_any_moment_of_saving_leaves_the_last_good_checkpoint(tmp_path
             )
             assert saved.load(name).keys() == state.keys()
     assert interrupted, "some of the kills came while files were being written"
+    checkpoint.tidy(folder, 2, folder.claim(), CYCLE_ENDS)  # as the next attempt begins
+    assert {p.name for p in folder.weights.glob("step-*")} == {f"step-{step}.pt" for step in CYCLE_ENDS[1 : last // 5 + 1]}
+    for step in CYCLE_ENDS[1 : last // 5 + 1]:
+        weights = torch.load(folder.weights / f"step-{step}.pt", weights_only=True)
+        assert weights.keys() == _state(step)["model.pt"].keys()
+        assert all(torch.equal(v, torch.full((20_000,), float(step))) for v in weights.values())
 
 
 # ------------------------------------------------------------------------------------------------ a disk that is slow

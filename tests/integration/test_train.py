@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
+import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from harness import checkpoint, journal, optim
-from harness.config import Trial
-from harness.store import Store
+from harness import checkpoint, journal, models, optim
+from harness.config import BadInput, Trial
+from harness.stopping import StopRequest
+from harness.store import Store, TrialFolder
 from harness.train import train
 from tests import reference
-from tests.integration.ranks import Ranks, finish, history
+from tests.integration.ranks import SUPERSEDED, Ranks, finish, history
 from tests.trials import trial
 from tests.unit.test_optim import control, reference_lambda
 
@@ -61,6 +66,9 @@ def test_a_trial_learns_and_its_record_is_whole(tmp_path: Path, mnist5k: Path) -
     assert points["anytime/holdout_top1", 69] == points["holdout/top1", 34]
     assert 0 < points["weights/update_ratio", 104] < points["weights/update_ratio", 34] < 1
     assert folder.state().state == "finished"
+    (start,) = journal.fold(journal.read(folder.journal)).starts
+    assert start["torch"] == torch.__version__ and start["python"].startswith("3.") and start["deepspeed"][0].isdigit()
+    assert start["code"] is None, "not run from a snapshot"
     lines = [(line.get("event", "metrics"), line["step"]) for line in journal.read(folder.journal)]
     before_the_next_save = [lines.index(("checkpoint", done)) < lines.index(("metrics", done + 34)) for done in (35, 70)]
     assert any(before_the_next_save), "committed while training went on"
@@ -107,6 +115,18 @@ def test_told_to_stop_all_ranks_save_together_and_no_step_is_repeated(tmp_path: 
     assert history(folder) == history(calm.trial(t.study, t.trial_id))
     lines = [line["step"] for line in journal.read(folder.journal) if "train/loss" in line.get("metrics", {})]
     assert lines == list(range(21))
+
+
+def test_told_to_stop_before_it_began_it_saves_what_it_has_at_the_first_chance(tmp_path: Path, few: Path) -> None:
+    """As a rank of SLURM that listens before it imports torch."""
+    t, store = small(few, **SGDW), Store(tmp_path)
+    with StopRequest("USR1") as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        result = train(t, store, stop=stop)
+    assert (result["state"], result["step"]) == ("interrupted", 1)
+    state = store.trial(t.study, t.trial_id).state()
+    assert (state.state, state.step, state.committed, state.stopped) == ("interrupted", 1, 1, True)
+    assert train(t, store)["state"] == "finished"
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -250,6 +270,122 @@ def test_an_older_attempt_commits_nothing_once_a_newer_one_has_started(tmp_path:
     assert not list(folder.checkpoints.glob(".*")), "what was being written is removed"
     assert folder.state().state == "interrupted"
     assert newer == 2
+
+
+def long(few: Path, **backend: Any) -> Trial:
+    """210 slow steps, of five micro-batches each: an older attempt looks for a newer one every two seconds."""
+    return small(
+        few, **SGDW, backend={"micro_batch_size": 10} | backend, budget={"epochs": 30, "global_batch_size": 100},
+        checkpoint={"every_epochs": 2, "keep": 90},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calm_ddp(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    finish(long(few), store := Store(tmp_path_factory.mktemp("calm")), 2)
+    return store
+
+
+def _left_over(folder: TrialFolder, t: Trial, calm: Store) -> None:
+    """What holds after any split brain: as if only one attempt at a time had ever run."""
+    resumed = [line["resumed_from"] for line in journal.fold(journal.read(folder.journal)).starts]
+    assert 0 < resumed[1] < 210
+    for step, attempt, _ in checkpoint.found(folder):
+        assert attempt == 2 or step <= resumed[1], "the older attempt committed nothing after the newer one had begun"
+    assert not list(folder.checkpoints.glob(".*"))
+    lines = [line for line in journal.read(folder.journal) if line.get("event") in ("end", "stop")]
+    assert [(line["attempt"], line["event"]) for line in lines] == [(2, "end")]
+    result, undisturbed = (json.loads(f.result.read_text()) for f in (folder, calm.trial(t.study, t.trial_id)))
+    assert (result["state"], result["attempts"]) == ("finished", 2)
+    assert result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert history(folder) == history(calm.trial(t.study, t.trial_id))
+    assert {step for metric, step in history(folder) if metric == "train/loss"} == set(range(210))
+
+
+@pytest.mark.parametrize("backend", [{}, {"name": "deepspeed", "zero_stage": 1}], ids=["ddp", "deepspeed-1"])
+def test_an_attempt_that_takes_over_makes_the_older_one_leave(tmp_path: Path, few: Path, calm_ddp: Store, backend: dict[str, Any]) -> None:
+    """A node cut off: its ranks live on, and the scheduler has started the trial elsewhere."""
+    t, calm = long(few, **backend), calm_ddp
+    if backend:
+        finish(t, calm := Store(tmp_path / "calm"), 2)
+    store = Store(tmp_path / "split")
+    folder = store.trial(t.study, t.trial_id)
+    older = Ranks(t, store, 2)
+    older.wait_for_step(20)
+    with pytest.raises(BadInput, match="an attempt is running already"):
+        train(t, store)  # who does not know better does not take over
+    assert folder.newest_attempt() == 1
+    newer = Ranks(t, store, 2, takes_over=True)
+    while folder.newest_attempt() < 2:
+        assert newer.processes[0].exitcode is None, newer.errors()
+        time.sleep(0.01)
+    assert older.wait(10) == [SUPERSEDED] * 2, older.errors()
+    assert "attempt 1 stops at step" in older.errors()
+    assert not folder.result.exists()
+    assert newer.wait() == [0, 0], newer.errors()
+    _left_over(folder, t, calm)
+
+
+def test_an_older_attempt_that_is_stopped_and_continued_changes_nothing(tmp_path: Path, few: Path, calm_ddp: Store) -> None:
+    """SIGSTOP: it holds the lock and cannot leave. The newer attempt waits for half of timeout_seconds, and goes on."""
+    t, store = long(few, timeout_seconds=14), Store(tmp_path)
+    folder = store.trial(t.study, t.trial_id)
+    older = Ranks(t, store, 2)
+    older.wait_for_step(20)
+    older.signal_all(signal.SIGSTOP)
+    newer = Ranks(t, store, 2, takes_over=True)
+    try:
+        newer.wait_for_step(40)
+    finally:
+        older.signal_all(signal.SIGCONT)
+    assert older.wait(10) == [SUPERSEDED] * 2, older.errors()
+    assert not folder.result.exists()
+    while not folder.is_running():  # the newer one takes the lock that is free now
+        assert newer.processes[0].exitcode is None, newer.errors()
+        time.sleep(0.01)
+    assert newer.wait() == [0, 0], newer.errors()
+    assert not folder.is_running()
+    _left_over(folder, t, calm_ddp)
+
+
+@pytest.mark.parametrize(
+    ("lr", "what"), [(1e30, "[a-z_]+/(loss|norm|update_ratio)"), (3e38, "[a-z_/.0-9]+")], ids=["evaluation", "weights"]
+)
+def test_a_last_update_that_breaks_the_weights_is_a_divergence_too(tmp_path: Path, few: Path, lr: float, what: str) -> None:
+    """No loss comes after it: with one step in all, every loss is finite."""
+    t = small(few, optimizer={"name": "sgd", "lr": lr}, decay={"name": "none"}, budget={"epochs": 1 / 7, "global_batch_size": 100},
+              schedule={"name": "constant"})  # fmt: skip
+    store = Store(tmp_path)
+    result = train(t, store)
+    assert (result["state"], result["step"], result["total_steps"], result["weights_sha256"]) == ("diverged", 1, 1, None)
+    assert re.fullmatch(f"{what} is not finite after the last step, 0", str(store.trial(t.study, t.trial_id).state().last_error))
+    assert math.isfinite(history(store.trial(t.study, t.trial_id))["train/loss", 0])
+
+
+@pytest.mark.parametrize(
+    ("phase", "weights", "steps"), [("finalists", "finalists", {3, 9, 21}), ("search", "finalists", set()), ("search", "all", {3, 9, 21})]
+)
+def test_what_remains_of_a_finished_trial(tmp_path: Path, few: Path, phase: str, weights: str, steps: set[int]) -> None:
+    """Killed on its way, and with the leavings of attempts that were killed while they saved."""
+    t = small(few, **ADAMW, phase=phase, checkpoint={"weights": weights})
+    store = Store(tmp_path)
+    folder = store.trial(t.study, t.trial_id)
+    ranks = Ranks(t, store, 2)
+    ranks.wait_for_step(17)
+    ranks.signal_all(signal.SIGKILL)
+    ranks.wait()
+    assert len(checkpoint.found(folder)) <= 3, "two, and one just committed"
+    (folder.checkpoints / ".step-20-attempt-1").mkdir(parents=True)
+    result = finish(t, store, 2)
+    assert [step for step, _, _ in checkpoint.found(folder)] == [21, 14]
+    assert len(list(folder.checkpoints.iterdir())) == 2
+    assert {p.name for p in folder.weights.glob("*")} == {f"step-{step}.pt" for step in steps}
+    if steps:
+        last = torch.load(folder.weights / "step-21.pt", weights_only=True)
+        assert checkpoint.weights_sha256(last) == result["weights_sha256"]
+        model = models.build(t.workload, t.seed)
+        for path in folder.weights.iterdir():
+            model.load_state_dict(torch.load(path, weights_only=True))
 
 
 def test_a_non_finite_loss_is_a_result(tmp_path: Path, few: Path) -> None:

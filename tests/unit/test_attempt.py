@@ -51,20 +51,33 @@ def test_the_last_word_of_a_superseded_attempt_is_not_heard(tmp_path: Path, last
     assert not folder.is_running()
 
 
-def test_an_attempt_that_was_overtaken_while_it_waited_does_not_begin(tmp_path: Path) -> None:
-    folder = TrialFolder(tmp_path)
-    with folder.lock():  # the first attempt's
-        folder.claim()
-        folder.claim()
-        folder.result.write_text("{}")
-        overtaken = Attempt(trial(backend={"timeout_seconds": 5}), folder, ALONE, takes_over=True)
-        claim = folder.claim
-        folder.claim = lambda: (claim(), claim())[0]  # type: ignore[method-assign]  # a fourth, at the same moment
-        with pytest.raises(Superseded, match="attempt 3 stops at step 0"), overtaken:
-            pass
+class _Contested(TrialFolder):
+    """Where somebody else claims at the same moment."""
+
+    def claim(self) -> int:
+        number = super().claim()
+        super().claim()
+        return number
+
+
+def test_of_two_attempts_that_take_over_at_once_one_does_not_begin(tmp_path: Path) -> None:
+    folder = _Contested(tmp_path)
+    folder.result.write_text("{}")
+    earlier = Attempt(trial(), folder, ALONE, takes_over=True)
+    with pytest.raises(Superseded, match="attempt 1 stops at step 0"), earlier:
+        pass
     assert folder.result.exists()
     assert not folder.journal.exists()
-    assert not folder.is_running()
+    assert not folder.is_running(), "nor does it keep the other one waiting"
+
+
+def test_what_is_unfinished_goes_when_the_trial_ends(tmp_path: Path) -> None:
+    folder = TrialFolder(tmp_path)
+    with Attempt(trial(), folder, ALONE) as attempt:
+        for number in (1, 2):
+            (folder.checkpoints / f".step-9-attempt-{number}").mkdir(parents=True)
+        assert attempt.end("finished", 245, "abc")["state"] == "finished"
+    assert [p.name for p in folder.checkpoints.iterdir()] == [".step-9-attempt-2"], "a newer attempt's may be being written"
 
 
 def test_the_code_is_named_by_the_snapshot_it_runs_from_and_else_by_its_checkout(tmp_path: Path) -> None:

@@ -17,12 +17,15 @@ from harness.stopping import StopRequest
 @pytest.mark.parametrize("name", ["TERM", "USR2", "INT", "USR1"])
 def test_each_signal_raises_the_flag_and_what_was_before_comes_back(name: str) -> None:
     number = signal.Signals[f"SIG{name}"]
-    before = signal.getsignal(number)
-    with StopRequest("SIGUSR1") as stop:
-        assert stop.signal is None
-        os.kill(os.getpid(), number)
-        assert stop.signal == f"SIG{name}"
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_IGN)  # one that is not listened to must not end the test
+    try:
+        with StopRequest("SIGUSR1") as stop:
+            assert stop.signal is None
+            os.kill(os.getpid(), number)
+            assert stop.signal == f"SIG{name}"
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_site_may_name_a_signal_that_is_there_anyway() -> None:
