@@ -53,8 +53,9 @@ class Study:
 
     def start(self, command: str, *options: str) -> subprocess.Popen[str]:
         where = ["--cluster", str(self.cluster)] if command in ("submit", "plan") else []
+        group = [] if command in ("sync", "report") else ["study"]
         return subprocess.Popen(
-            [sys.executable, "-m", "launch", "study", command, str(self.file), *where, "--store", str(self.store.root), *options],
+            [sys.executable, "-m", "launch", *group, command, str(self.file), *where, "--store", str(self.store.root), *options],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
