@@ -26,18 +26,6 @@ def synthetic_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def few(mnist5k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """800 training and 200 validation digits of them, for tests that run many trials."""
-    import tarfile
+    from tests import tars
 
-    from harness.data import shards
-
-    out = tmp_path_factory.mktemp("data") / "few"
-    out.mkdir()
-    for split, samples in (("train", 800), ("val", 200)):
-        with (
-            tarfile.open(out / f"{split}-000000.tar", "w") as target,
-            tarfile.open(next(iter(sorted(mnist5k.glob(f"{split}-*.tar"))))) as source,
-        ):
-            for member in source.getmembers()[: 3 * samples]:
-                target.addfile(member, source.extractfile(member))
-    shards.index_shards(out)
-    return out
+    return tars.few(mnist5k, tmp_path_factory.mktemp("data") / "few")
