@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.faults.lab import Fault, load, perform
+from tests.faults.lab import Fault, a_cluster, digits, load, perform
 from tests.report import Row, line, publish, refused
 
 if TYPE_CHECKING:
@@ -34,8 +33,10 @@ def main() -> int:
     print(f"{len(chosen)} faults, --seed {options.seed}", flush=True)
     began = time.monotonic()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="wrbench-faults-") as scratch, _cluster(any(f.slurm for f in chosen)) as (cluster, absent):
-        data, few = _digits(Path(scratch))
+    needed = any(f.slurm for f in chosen)
+    with tempfile.TemporaryDirectory(prefix="wrbench-faults-") as scratch, a_cluster() if needed else nullcontext((None, None)) as found:
+        cluster, absent = found
+        data, few = digits(Path(scratch))
         for chosen_fault in chosen:
             before = time.monotonic()
             print(f"--- {chosen_fault.name}", flush=True)
@@ -52,36 +53,6 @@ def _rows(given: Fault, absent: str | None, cluster: Cluster | None, data: Path,
         yield refused(given.name, absent)
     else:
         yield from perform(given, data=data, few=few, thorough=not options.once, seed=options.seed, cluster=cluster)
-
-
-@contextmanager
-def _cluster(needed: bool) -> Iterator[tuple[Cluster | None, str | None]]:
-    """(a cluster that SLURM's commands mean, None), or (None, why there is none)."""
-    if not needed:
-        yield None, None
-        return
-    from tests.slurm.cluster import Cluster, missing
-
-    if lacking := missing():
-        yield None, f"not installed: {', '.join(lacking)}; `make test-slurm` installs them"
-        return
-    with tempfile.TemporaryDirectory(prefix="wrbench-") as folder:  # sockets have short paths
-        cluster = Cluster(Path(folder) / "c")
-        cluster.start()
-        os.environ.update(cluster.environment())
-        try:
-            yield cluster, None
-        finally:
-            cluster.stop()
-
-
-def _digits(scratch: Path) -> tuple[Path, Path]:
-    from harness.data import shards
-    from tests.tars import few
-
-    shards.build_mnist5k(scratch / "mnist5k")
-    few(scratch / "mnist5k", scratch / "few")
-    return scratch / "mnist5k", scratch / "few"
 
 
 if __name__ == "__main__":

@@ -157,6 +157,36 @@ def _slurm(cluster: Cluster, *command: str) -> str:
     return done.stdout if done.returncode == 0 else done.stderr or "failed"
 
 
+@contextmanager
+def a_cluster() -> Iterator[tuple[Cluster | None, str | None]]:
+    """(a cluster that SLURM's commands mean, None), or (None, why there is none)."""
+    from tests.slurm.cluster import INSTALL, Cluster, missing
+
+    if lacking := missing():
+        yield None, f"not installed: {', '.join(lacking)}; {INSTALL}"
+        return
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "SBATCH", "SRUN", "SACCT")):  # of a job that this runs in
+            del os.environ[name]
+    with tempfile.TemporaryDirectory(prefix="wrbench-") as folder:  # sockets have short paths
+        cluster = Cluster(Path(folder) / "c")
+        cluster.start()
+        os.environ.update(cluster.environment())
+        try:
+            yield cluster, None
+        finally:
+            cluster.stop()
+
+
+def digits(folder: Path) -> tuple[Path, Path]:
+    """Makes the shards of the 5,000 digits and of the few: Lab.data and Lab.few."""
+    from harness.data import shards
+    from tests.tars import few
+
+    shards.build_mnist5k(folder / "mnist5k")
+    return folder / "mnist5k", few(folder / "mnist5k", folder / "few")
+
+
 # -------------------------------------------------------------------------------------------------------- look
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from harness import journal
 from launch.status import hours
-from tests.faults.__main__ import _cluster, _digits
-from tests.faults.lab import put_right, tally
+from tests.faults.lab import a_cluster, digits, put_right, tally
 from tests.report import Row, publish, row
 from tests.slurm.cluster import Cluster
 from tests.slurm.study import ADAMW, BACKENDS, SGDW, Study, repeated, until
@@ -32,7 +31,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     options = parser.parse_args()
     print(f"{options.minutes:g} minutes, --seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="wrbench-soak-") as folder, _cluster(True) as (cluster, absent):
+    with tempfile.TemporaryDirectory(prefix="wrbench-soak-") as folder, a_cluster() as (cluster, absent):
         if cluster is None:
             print(f"error: {absent}", file=sys.stderr)
             return 1
@@ -40,7 +39,7 @@ def main() -> int:
 
 
 def soak(folder: Path, cluster: Cluster, minutes: float, rng: random.Random) -> list[Row]:
-    data, _ = _digits(folder)
+    data, _ = digits(folder)
     arms, epochs = {"AdamWR": ADAMW, "SGDWR": SGDW}, max(3, round(12 * minutes))
     studies = [
         Study(folder / f"faults-{name}", data, SHAPE, name=name, arms=arms, backend=backend, budget={"epochs": epochs}, ranks=2)
