@@ -23,6 +23,7 @@ from harness.config import BadInput, Cluster, Local, Slurm, Trial
 from harness.data.index import Index
 from harness.store import ENDED, Store, TrialFolder, TrialState, write_atomically
 from harness.study import LoadedStudy, Planned, planned
+from launch import snapshot
 from launch.job import Job
 from launch.ledger import Ledger, Submitter, is_alive
 from launch.local import SECONDS_TO_SAVE, Running, Stop, deaf_to_the_terminal, places, saved, visible_gpus, wind_down
@@ -85,6 +86,7 @@ class Submission:
     def run(self) -> None:
         """Returns when every trial has ended or, after a signal, when the running ones have saved themselves."""
         write_atomically(self.ledger.path.parent / "study.yaml", self.loaded.text())
+        self.code = snapshot.take(self.ledger.path.parent)
         self._enqueue({})
         self._enqueue(self._results())
         began, before, next_look = time.monotonic(), sum(self._steps()), 0.0
@@ -130,7 +132,7 @@ class Submission:
                 self.problems.append(f"{label(trial)}: failed before: {state.last_error}; run it again with --retry")
             elif state.state not in ENDED or state.state == "failed":
                 folder.write_config(trial)
-                self.ledger.append("queued", trial, folder.newest_attempt() + 1)
+                self.ledger.append("queued", trial, folder.newest_attempt() + 1, code=self.code.name)
                 self.queue.append(trial)
 
     def _adopt(self, trial: Trial, folder: TrialFolder, line: Mapping[str, Any] | None) -> None:
@@ -163,7 +165,7 @@ class Submission:
         executor.update_parameters(
             timeout_min=self.cluster.timeout_minutes, tasks_per_node=self.ranks, gpus_per_node=len(gpus), visible_gpus=tuple(gpus)
         )
-        with deaf_to_the_terminal():
+        with deaf_to_the_terminal(), submitit.helpers.environment_variables(**snapshot.environment(self.code)):
             return executor.submit(job)
 
     def _reap(self, running: Running) -> bool:
