@@ -131,6 +131,13 @@ def cancel(job_ids: Sequence[str], signal: str | None = None) -> None:
         run("scancel", "--quiet", *([f"--signal={signal}"] if signal else []), *job_ids[first : first + 200])
 
 
+def kill_steps(job_id: str) -> None:
+    """Ends what srun runs in a job and not the job, as SIGKILL to the job would. Raises SlurmError."""
+    found = run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i", seconds=20).split()
+    if steps := [step for step in found if step.rpartition(".")[2].isdigit()]:  # beside JOB.batch and JOB.extern
+        cancel(steps, "KILL")
+
+
 def address(node: str) -> str:
     """Where the ranks meet: the node's own name, or where that does not resolve the address that SLURM reaches it at."""
     with suppress(OSError):

@@ -174,7 +174,7 @@ class Supervisor:
 
     def _kill_ranks(self, process: subprocess.Popen[bytes]) -> None:
         try:
-            slurm.cancel([self.job_id], "KILL")
+            slurm.kill_steps(self.job_id)
         except slurm.SlurmError as error:  # the controller is away: srun reaches the nodes itself
             print(f"{error}; ending srun instead", file=sys.stderr)
             process.terminate()
