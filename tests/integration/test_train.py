@@ -272,11 +272,11 @@ def test_an_older_attempt_commits_nothing_once_a_newer_one_has_started(tmp_path:
     assert newer == 2
 
 
-def long(few: Path, **backend: Any) -> Trial:
-    """210 slow steps, of five micro-batches each: an older attempt looks for a newer one every two seconds."""
+def long(few: Path, every_epochs: float = 30, **backend: Any) -> Trial:
+    """210 slow steps of five micro-batches, in a cycle of 3 and one that is cut off; saved at 3 and, left to itself, at 210 only."""
     return small(
         few, **SGDW, backend={"micro_batch_size": 10} | backend, budget={"epochs": 30, "global_batch_size": 100},
-        checkpoint={"every_epochs": 2, "keep": 90},
+        schedule={"name": "cosine_restarts", "t_0": 3 / 7, "t_mult": 100}, checkpoint={"every_epochs": every_epochs, "keep": 90},
     )  # fmt: skip
 
 
@@ -302,10 +302,16 @@ def _left_over(folder: TrialFolder, t: Trial, calm: Store) -> None:
     assert {step for metric, step in history(folder) if metric == "train/loss"} == set(range(210))
 
 
-@pytest.mark.parametrize("backend", [{}, {"name": "deepspeed", "zero_stage": 1}], ids=["ddp", "deepspeed-1"])
-def test_an_attempt_that_takes_over_makes_the_older_one_leave(tmp_path: Path, few: Path, calm_ddp: Store, backend: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("every_epochs", "backend"),
+    [(30, {}), (1, {"name": "deepspeed", "zero_stage": 1})],
+    ids=["ddp-saves-rarely", "deepspeed-1-saves-often"],
+)
+def test_an_attempt_that_takes_over_makes_the_older_one_leave(
+    tmp_path: Path, few: Path, calm_ddp: Store, every_epochs: float, backend: dict[str, Any]
+) -> None:
     """A node cut off: its ranks live on, and the scheduler has started the trial elsewhere."""
-    t, calm = long(few, **backend), calm_ddp
+    t, calm = long(few, every_epochs, **backend), calm_ddp
     if backend:
         finish(t, calm := Store(tmp_path / "calm"), 2)
     store = Store(tmp_path / "split")
@@ -320,7 +326,8 @@ def test_an_attempt_that_takes_over_makes_the_older_one_leave(tmp_path: Path, fe
         assert newer.processes[0].exitcode is None, newer.errors()
         time.sleep(0.01)
     assert older.wait(10) == [SUPERSEDED] * 2, older.errors()
-    assert "attempt 1 stops at step" in older.errors()
+    left_at = {int(step) for step in re.findall(r"attempt 1 stops at step (\d+)", older.errors())}
+    assert len(left_at) == 1 and left_at < set(range(210)), "all together, and not because they were done"
     assert not folder.result.exists()
     assert newer.wait() == [0, 0], newer.errors()
     _left_over(folder, t, calm)
