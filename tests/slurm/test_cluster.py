@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -96,6 +97,13 @@ def test_node_death_and_accounting(jobs: Cluster, tmp_path: Path) -> None:
     succeed("scancel", job)
     until(lambda: "CANCELLED" in succeed("sacct", "-n", "-X", "-o", "state", "-j", job))
     until(lambda: set(succeed("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"})
+
+
+def test_accounts(cluster: Cluster) -> None:
+    user = pwd.getpwuid(os.getuid()).pw_name
+    succeed("sacctmgr", "-i", "add", "account", "paper")
+    succeed("sacctmgr", "-i", "add", "user", user, "account=paper", "maxjobs=3")
+    assert f"{user}|3" in succeed("sacctmgr", "-n", "-P", "list", "associations", "account=paper", "format=user,maxjobs").splitlines()
 
 
 def test_without_accounting_and_without_the_users_signal(installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
