@@ -161,7 +161,7 @@ def _ends(lab: Lab, cluster: Cluster, where: str) -> Iterator[Row]:
         (trial,) = json.loads(asked[state].communicate(timeout=SECONDS)[0])["trials"]
         stays = trial["state"] == state and not study.in_queue()
         note = f"{trial['state']}, {trial['job_id']}: {trial['last_error'] or 'no error'}"
-        yield row(f"{where}: seconds until status says {state}", told[state], 10, note, ok=stays)
+        yield row(f"{where}: seconds until status says {state}", told[state], 10 if lab.thorough else 30, note, ok=stays)
 
 
 def _end(study: Study, state: str) -> float | None:
