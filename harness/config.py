@@ -673,7 +673,7 @@ class Slurm(Frozen):
     max_timeouts: Whole = Field(20, ge=0, description="lives that may end at the time limit; past it a trial is `exhausted`", examples=[20])
     max_retries: Whole = Field(3, ge=0, description="of a trial that fails without a new checkpoint in between", examples=[3])
     stall_timeout_seconds: Whole = Field(
-        900, ge=5, description="without a line in the journal the ranks are killed; above the longest evaluation or save", examples=[900]
+        900, ge=5, description="without a line in the journal ranks are killed; above the longest start, evaluation or save", examples=[900]
     )
     overrides: dict[Literal["search", "finalists", "chain"], dict[str, Any]] = Field(
         {}, description="other values for the trials of a phase, or for the job that --chain adds", examples=[{"finalists": {"nodes": 2}}]

@@ -71,6 +71,8 @@ class Supervisor:
         self.life = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self.nodes = os.environ["SLURM_JOB_NODELIST"]
         self.began = time.monotonic()
+        self.attempt = 0
+        """that the ranks of the newest life claim"""
         self.terminated = False
         signal.signal(signal.SIGTERM, self._note)
 
@@ -119,7 +121,8 @@ class Supervisor:
 
     def _live(self, trial: Trial, folder: TrialFolder) -> End:
         """Runs the ranks once, and says how it ended."""
-        attempt, before = folder.newest_attempt() + 1, folder.state()
+        self.attempt = attempt = folder.newest_attempt() + 1
+        before = folder.state()
         place = {"token": self.given.token, "job_id": self.job_id, "life": self.life}
         ranks = self.given.nodes * self.given.tasks_per_node
         self.ledger.append("started", trial, attempt, **place, nodes=self.nodes, ranks=ranks, step=before.committed)
@@ -257,7 +260,9 @@ class Supervisor:
         return False
 
     def _give_up(self, state: str, why: str, trial: Trial, folder: TrialFolder) -> None:
-        close(folder, state, why)
+        if folder.is_superseded(self.attempt):
+            sys.exit(f"{trial.trial_id}: goes on elsewhere, and is not given up here")
+        close(folder, state, why, self.attempt)
         self.ledger.append("ended", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, state=state, kind=state,
                            step=folder.state().committed, error=why, final=True)  # fmt: skip
         print(f"{trial.trial_id}: {state}: {why}", file=sys.stderr, flush=True)
