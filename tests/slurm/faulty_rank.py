@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,29 @@ class Faults:
             raise MemoryError("cannot allocate 80 GB")
 
     def hang(self, n: int) -> None:
-        """Rank 1 enters no collective any more, the first time that the trial runs."""
-        if n == self.at and os.environ["RANK"] == "1" and len(list(_trial().attempts.iterdir())) == 1:
-            time.sleep(3600)
+        """Rank 1 enters no collective any more; once a trial."""
+        if n == self.at and os.environ["RANK"] == "1":
+            with suppress(FileExistsError), open(_trial().path / "hung", "x"):
+                time.sleep(3600)
 
     def slow(self, n: int) -> None:
         """`at` milliseconds a step, in the first life of the job."""
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
             time.sleep(self.at / 1000)
+
+
+    def fork(self, n: int) -> None:
+        """Four children, as data workers are: they inherit the signal handlers, and end with their rank."""
+        for _ in range(4 if n == self.at else 0):
+            if os.fork() == 0:
+                parent = os.getppid()
+                while os.getppid() == parent:
+                    time.sleep(0.2)
+                os._exit(0)
+
+    def pace(self, n: int) -> None:
+        """`at` milliseconds a step, always."""
+        time.sleep(self.at / 1000)
 
 
 def _trial() -> Any:
