@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import signal
@@ -19,22 +20,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from harness import tracking
+
 UI = "import sys; from pathlib import Path; from harness.store import Store; from harness import tracking; tracking.open_ui(Store(Path(sys.argv[1])), int(sys.argv[2]))"
 
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+
+
+def empty_database(folder: Path) -> Path:
+    """MLflow's database without experiments: seconds to make, so made once and copied."""
+    tracking._client(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return folder / "mlflow.db"
 
 
 class Server:
     """`wrbench ui` on a store of its own, which is an MLflow server like any other."""
 
     def __init__(self, root: Path, empty_database: Path | None = None) -> None:
-        """empty_database: to begin with, since MLflow takes seconds to make one."""
+        """empty_database: to begin with, see `empty_database`."""
         self.root = root
         self.database, self.log = root / "mlflow.db", root / "server.log"
         if empty_database is not None:
             shutil.copy(empty_database, self.database)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -83,13 +91,20 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Relay:
-    """Passes requests on to a server. `before` sees each first, and may answer it itself."""
+    """Passes requests on to a server, while it is open. `before` sees each first, and may answer it itself.
+
+    When it is closed, or the server dies of a request, the connection ends without an answer.
+    """
 
     def __init__(self, server_url: str, before: Callable[[BaseHTTPRequestHandler], Answer | None]) -> None:
         class Handler(BaseHTTPRequestHandler):
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, headers, content = before(self) or passed_on(self, body)
+                try:
+                    status, headers, content = before(self) or passed_on(self, body)
+                except (OSError, http.client.HTTPException):
+                    self.close_connection = True
+                    return
                 self.send_response(status)
                 for key, value in headers.items():
                     self.send_header(key, value)
@@ -110,17 +125,31 @@ class Relay:
                     return got.status, {"Content-Type": got.headers.get("Content-Type", "")}, got.read()
             except urllib.error.HTTPError as refusal:
                 return refusal.code, {"Content-Type": refusal.headers.get("Content-Type", "")}, refusal.read()
-            except OSError as error:
-                return 502, {}, str(error).encode()
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.port = int(self._http.server_address[1])
+        self._handler = Handler
+        self._http: ThreadingHTTPServer | None = None
+        self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def open(self) -> None:
+        if self._http is None:
+            self._http = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler)
+            threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+        self._http = None
 
     def __enter__(self) -> Self:
+        self.open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self.close()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])

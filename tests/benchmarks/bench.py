@@ -38,17 +38,19 @@ does not; left to itself that alone makes the bare loop a third slower"""
 # ---------------------------------------------------------------------------------------------------- loop
 
 
-def run_loop(kind: str, t: Trial, store: Store) -> np.ndarray:
-    """Seconds of each step, both ranks' intervals together."""
+def run_loop(kind: str, t: Trial, store: Store, world: int = 2) -> np.ndarray:
+    """Seconds of each step, all ranks' intervals together."""
     folder = store.trial(t.study, t.trial_id)
     folder.write_config(t)
     env = (
         os.environ
         | ALLOCATOR
-        | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "WRBENCH_RENDEZVOUS": f"file://{folder.logs}/{uuid.uuid4().hex}"}
+        | {"WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "WRBENCH_RENDEZVOUS": f"file://{folder.logs}/{uuid.uuid4().hex}"}
     )
     command = [sys.executable, "-m", "tests.benchmarks.loop_rank", kind, str(store.root), str(folder.path)]
-    ranks = [subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in (0, 1)]
+    ranks = [
+        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(world)
+    ]
     return np.concatenate([json.loads(p.communicate(timeout=600)[0].splitlines()[-1])["steps"] for p in ranks])
 
 

@@ -29,6 +29,7 @@ from harness import journal, tracking
 from harness.config import Trial
 from harness.journal import Journal
 from harness.store import Store, close
+from tests import mlflow_server
 from tests.mlflow_server import Answer, Relay, Server
 from tests.trials import trial as make_trial
 
@@ -37,10 +38,7 @@ STUDY = "s"
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database without experiments: seconds to make, so made once."""
-    root = tmp_path_factory.mktemp("empty")
-    tracking._client(f"sqlite:///{root / 'mlflow.db'}").search_experiments()
-    return root / "mlflow.db"
+    return mlflow_server.empty_database(tmp_path_factory.mktemp("empty"))
 
 
 @pytest.fixture
