@@ -65,12 +65,16 @@ class Submission(Frozen):
 
 def check(loaded: LoadedStudy, store: Store, cluster: Slurm) -> None:
     """BadInput, a line a mistake, unless every trial of the study could start now, as far as a login node can know."""
+    from launch import sbatch
+
     for phase, trial in _of_each_phase(loaded):
         trial.micro_batch_size(shape_of(loaded, cluster, phase).ranks)
     data = loaded.workload.data
     Index.load(data.path).check(data)
     store.check_writable()
     tracking.check_store(store)
+    for phase, _ in _of_each_phase(loaded):
+        sbatch.check(cluster.of_phase(phase))
 
 
 def _of_each_phase(loaded: LoadedStudy) -> Iterator[tuple[str, Trial]]:

@@ -48,9 +48,7 @@ def executor(
 ) -> ArrayExecutor:
     """For an array of so many tasks, or with None a single job."""
     c = shape.cluster
-    if shutil.which("srun") is None:
-        raise BadInput("executor: slurm needs SLURM's commands, and there is no srun here; run on a login node, or --cluster local")
-    _check_options(c)
+    check(c)
     made = ArrayExecutor(folder=folder)
     made.update_parameters(
         job_name=name,
@@ -74,8 +72,10 @@ def executor(
     return made
 
 
-def _check_options(cluster: Slurm) -> None:
-    """BadInput for a key of `sbatch` that the sbatch here does not have."""
+def check(cluster: Slurm) -> None:
+    """BadInput where SLURM's commands are not, and for a key of `sbatch` that the sbatch here does not have."""
+    if shutil.which("srun") is None:
+        raise BadInput("executor: slurm needs SLURM's commands, and there is no srun here; run on a login node, or --cluster local")
     if not cluster.sbatch:
         return
     known = set(re.findall(r"--([a-z][a-z0-9-]*)", slurm.run("sbatch", "--help")))
