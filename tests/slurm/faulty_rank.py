@@ -40,7 +40,6 @@ class Faults:
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
             time.sleep(self.at / 1000)
 
-
     def fork(self, n: int) -> None:
         """Four children, as data workers are: they inherit the signal handlers, and end with their rank."""
         for _ in range(4 if n == self.at else 0):
