@@ -1,16 +1,19 @@
-"""Preemptions, with and without a word of warning, and time limits."""
+"""Preemptions, with and without a word of warning; time limits; and a study that nothing disturbs."""
 
 from __future__ import annotations
 
 import json
-import random
+import math
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
+from contextlib import closing, nullcontext
+from functools import partial
+from itertools import pairwise
+from sqlite3 import connect
 from typing import Any
 
 import yaml
@@ -20,218 +23,317 @@ from harness.store import TrialFolder
 from tests.faults.kills import ARMS, PAIRS, PYTHON, only, points, tallied
 from tests.faults.lab import Lab, fault
 from tests.report import Row, row
+from tests.slurm.cluster import Cluster
 from tests.slurm.study import BACKENDS, Study, repeated, steps, until
 
-TWO_NODES = {"tasks_per_node": 1, "gpus_per_node": 1}
+INTERVAL = 35
+"""steps between two checkpoints: an epoch"""
+WHOLE_GPUS = {"tasks_per_node": 1, "gpus_per_node": None, "sbatch": {"gres": "gpu:2"}}
+"""two nodes and all their GPUs, so that a job which wants these takes them from this trial alone"""
 UNTOUCHED = {"tasks_per_node": 1, "gpus_per_node": None, "partition": "high"}
 """on the same nodes, out of reach of a preemption and not in the way of one, which takes the GPUs"""
+DEAF = "env --block-signal=TERM "
+"""for ranks that hear nothing before KILL: without grace SLURM still sends TERM, some seconds earlier"""
+FORKED = 4
+"""children of each rank, by faulty_rank's `fork`"""
 
 
-def study(lab: Lab, name: str, backend: str, arm: str, epochs: float, cluster: dict[str, Any]) -> Study:
-    """Of one trial of two ranks on two nodes."""
-    document = {
-        "budget": {"epochs": epochs}, "evaluation": {"log_every_steps": 5, "every_epochs": epochs / 2},
-        "checkpoint": {"every_epochs": 1}, "arms": {arm: ARMS[arm]}, "backend": BACKENDS[backend],
-    }  # fmt: skip
-    made = Study(lab.folder / name, lab.data, cluster, **document)
-    made.submit()
-    return made
+class Pair:
+    """A trial of two ranks on two nodes that will be disturbed, and the same one undisturbed."""
 
+    def __init__(self, lab: Lab, name: str, backend: str, arm: str, epochs: float, cluster: dict[str, Any]) -> None:
+        self.name, self._lab, self._epochs = f"{name} {backend} {arm}", lab, epochs
+        self._document = {
+            "budget": {"epochs": epochs}, "evaluation": {"log_every_steps": 1, "every_epochs": epochs / 2},
+            "checkpoint": {"every_epochs": 1}, "arms": {arm: ARMS[arm]}, "backend": BACKENDS[backend],
+        }  # fmt: skip
+        self.study = self._study(self.name, cluster)
+        self.study.submit()
+        self.folder: TrialFolder = only(self.study)
+        self.calm: Study | None = None
 
-def preempt(victim: Study) -> float:
-    """A job of high priority takes the GPUs of the nodes that the study's trial runs on; when it was submitted."""
-    (standing,) = victim.trials().values()
-    assert standing.task is not None
-    command = ["sbatch", "--partition=high", "--nodes=2", f"--nodelist={standing.task.nodes}", "--gpus-per-node=2", "--time=1"]
-    now = time.time()
-    subprocess.run([*command, "--output=/dev/null", "--wrap=sleep 1"], check=True, capture_output=True, timeout=60)
-    return now
+    def _study(self, name: str, cluster: dict[str, Any]) -> Study:
+        return Study(self._lab.folder / name.replace(" ", "-"), self._lab.data, cluster, **self._document)
 
+    def submit_calm(self) -> None:
+        self.calm = self._study(f"calm {self.name}", UNTOUCHED)
+        self.calm.submit()
 
-def lives(victim: Study, folder: TrialFolder) -> int:
-    return len(victim.entry(folder).lives)
+    @property
+    def total(self) -> int:
+        return round(INTERVAL * self._epochs)
 
+    @property
+    def job_id(self) -> str:
+        return str(self.study.entry(self.folder).job_id)
 
-def preempted(victim: Study, times: int, total: int, rng: random.Random) -> list[float]:
-    """Preempts the trial so often, at random steps; seconds from each to the checkpoint that the ranks then committed."""
-    folder, seconds = only(victim), []
-    for number, at in enumerate(sorted(rng.sample(range(total // 20, total * 9 // 10), times))):
-        until(lambda n=number: lives(victim, folder) == n + 1)
-        begun = steps(folder)
-        until(lambda at=at, begun=begun: steps(folder) >= max(at, begun + 5), every=0.02)
-        asked = preempt(victim)
-        until(lambda n=number: lives(victim, folder) == n + 2 or victim.entry(folder).lives[n].requeued)
-        attempt = victim.entry(folder).lives[number].started["attempt"]
-        saved = [
-            line["timestamp"] / 1000
-            for line in journal.read(folder.journal)
-            if line["attempt"] == attempt and line.get("event") == "checkpoint"
-        ]
-        seconds.append(max(saved) - asked if saved else float("inf"))
-    return seconds
+    def ended(self) -> list[str]:
+        """How each life but one that goes on ended."""
+        return [life.ended["kind"] for life in self.study.entry(self.folder).lives if life.ended is not None]
 
+    def requeued(self) -> int:
+        return sum(life.requeued is not None for life in self.study.entry(self.folder).lives)
 
-def differences(pairs: list[tuple[Study, Study]]) -> list[str]:
-    """Of pairs (disturbed, undisturbed), those that did not end alike."""
-    found = []
-    for disturbed, calm in pairs:
-        for one in (disturbed, calm):
-            one.wait("finished", seconds=600)
-        weights = [next(iter(one.results().values()))["weights_sha256"] for one in (disturbed, calm)]
+    def starts(self) -> list[dict[str, Any]]:
+        return [line for line in journal.read(self.folder.journal) if line.get("event") == "start"]
+
+    def difference(self) -> str | None:
+        """In what it ended unlike the undisturbed one; None if in nothing."""
+        assert self.calm is not None
+        for one in (self.study, self.calm):
+            one.wait("finished", seconds=900)
+        folders = self.folder, only(self.calm)
+        weights = [json.loads(folder.result.read_text())["weights_sha256"] for folder in folders]
         if weights[0] != weights[1]:
-            found.append(f"{disturbed.file.parent.name}: other weights")
-        elif points(only(disturbed)) != points(only(calm)):
-            found.append(f"{disturbed.file.parent.name}: other points")
-    return found
+            return f"{self.name}: other weights"
+        return None if points(folders[0]) == points(folders[1]) else f"{self.name}: other points"
+
+    def preempt(self) -> float:
+        """A job of high priority takes the GPUs of the nodes that the trial runs on; seconds since 1970 when it was submitted."""
+        task = self.study.trials()[self.folder.path.name].task
+        assert task is not None
+        command = ["sbatch", "--partition=high", "--nodes=2", f"--nodelist={task.nodes}", "--gpus-per-node=2", "--time=1"]
+        now = time.time()
+        subprocess.run([*command, "--output=/dev/null", "--wrap=sleep 1"], check=True, capture_output=True, timeout=60)
+        return now
+
+    def preempted(self, steps_at: Sequence[int], forked: tuple[Cluster, int] | None = None) -> list[float]:
+        """Preempts it once it has done so many steps, each time in another life; when, each.
+
+        forked: (cluster, children that each rank then has).
+        """
+        when: list[float] = []
+        lives = 0
+        for at in sorted(steps_at):
+            until(partial(self._has_done, lives, at), every=0.1)
+            if forked is not None:
+                cluster, children = forked
+                until(partial(_are_there, cluster, self.job_id, 2 * (1 + children)))
+            lives = len(self.starts())
+            when.append(self.preempt())
+        until(partial(self._has_done, lives, 0))
+        return when
+
+    def _has_done(self, lives: int, at: int) -> bool:
+        """Whether a life after the first `lives` trains, and is so far."""
+        starts = self.starts()
+        return len(starts) > lives and steps(self.folder) > max(at, starts[-1]["resumed_from"])
+
+    def answered(self, when: Sequence[float]) -> list[float]:
+        """Seconds from each preemption to the checkpoint that the ranks of that life committed before they stopped; inf for none."""
+        lines, found = list(journal.read(self.folder.journal)), []
+        for start, moment in zip(self.starts(), when, strict=False):
+            own = [line for line in lines if line["attempt"] == start["attempt"]]
+            saved = [line["timestamp"] / 1000 - moment for line in own if line.get("event") == "checkpoint"]
+            found.append(saved[-1] if saved and own[-1].get("event") == "stop" else math.inf)
+        return found
+
+    def lost(self) -> list[int]:
+        """Steps that each life but the last had done beyond where the next one began."""
+        starts, lines = self.starts(), list(journal.read(self.folder.journal))
+        done = []
+        for first, then in pairwise(starts):
+            own = [line["step"] + 1 for line in lines if line["attempt"] == first["attempt"] and "metrics" in line]
+            done.append(max([first["resumed_from"], *own]) - then["resumed_from"])
+        return done
+
+    def under_way(self) -> int:
+        """Steps that the loop at most went on while a checkpoint was written: what is then lost, beside an interval."""
+        newest, longest = 0, 0
+        for line in journal.read(self.folder.journal):
+            newest = line["step"] + 1 if "metrics" in line else newest
+            if line.get("event") == "checkpoint":
+                longest = max(longest, newest - line["step"])
+        return longest
 
 
-def workers_left() -> int:
-    """Processes of faulty_rank, or forked from one, that are still there."""
-    count = 0
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            count += b"faulty_rank.py" in (process / "cmdline").read_bytes()
+def _are_there(cluster: Cluster, job_id: str, count: int) -> bool:
+    return len(cluster.processes(job_id)) >= count
+
+
+def draw(lab: Lab, pair: Pair, times: int) -> list[int]:
+    return lab.rng.sample(range(pair.total // 20, pair.total * 9 // 10), times)
+
+
+def unlike(pairs: Sequence[Pair]) -> list[str]:
+    return [found for pair in pairs if (found := pair.difference())]
+
+
+def left_behind(cluster: Cluster, pairs: Sequence[Pair], seconds: float = 10) -> int:
+    """Processes of the trials' jobs that are there still when these have left the queue."""
+    until(lambda: not any(pair.study.in_queue() for pair in pairs))
+    until_then, count = time.monotonic() + seconds, 1
+    while count and time.monotonic() < until_then:
+        count = sum(len(cluster.processes(pair.job_id)) for pair in pairs)
+        time.sleep(0.2)
     return count
 
 
 @fault("preemptions at random steps, USR2 heard", slurm=True)
 def heard(lab: Lab) -> Iterator[Row]:
-    pairs, times, epochs = (PAIRS, 5, 80) if lab.thorough else (PAIRS[:2], 1, 10)
-    calm = {pair: study(lab, f"calm-{'-'.join(pair)}", *pair, epochs, UNTOUCHED) for pair in pairs}
-    draws = {pair: random.Random(lab.rng.random()) for pair in pairs}
-    done: dict[tuple[str, str], Study] = {}
-
-    def disturb(pair: tuple[str, str]) -> list[float]:
-        python = {"python": f"{PYTHON} *=fork@1"} if pair == PAIRS[0] else {}
-        done[pair] = study(lab, "-".join(pair), *pair, epochs, TWO_NODES | python)
-        return preempted(done[pair], times, 35 * epochs, draws[pair])
-
-    with ThreadPoolExecutor(2) as pool:  # two trials at a time are preempted: the cluster has four nodes
-        seconds = [second for found in pool.map(disturb, pairs) for second in found]
-    differ = differences([(done[pair], calm[pair]) for pair in pairs])
-    count = len(seconds)
-    trained = [json.loads(only(done[p]).result.read_text())["metrics"]["time/train_seconds"] for p in pairs]
-    yield row(
-        f"preempted {count} times: trials that differ from undisturbed ones", len(differ), 0,
-        f"of {len(pairs)}, bit for bit, trained for {min(trained):.0f} to {max(trained):.0f} s; {'; '.join(differ)}",
-    )  # fmt: skip
-    yield row(f"preempted {count} times: steps repeated", sum(repeated(only(s)) for s in done.values()), 0)
-    yield row(
-        f"preempted {count} times: seconds to the checkpoint, at most", max(seconds), 10, f"median {sorted(seconds)[count // 2]:.1f} s"
-    )
-    wrong, told = tallied(list(done.values()))
-    yield row(f"preempted {count} times: wrong in MLflow", wrong, 0, told)
-    errors = [p for s in done.values() for p in s.store.root.rglob("*_result.pkl")]
-    time.sleep(1)
-    yield row(
-        f"preempted {count} times: error pickles, forked workers left", len(errors) + workers_left(), 0, "4 workers a rank in one trial"
-    )
-
-
-def _warned_otherwise(lab: Lab, what: str, pair: tuple[str, str], **options: Any) -> Iterator[Row]:
-    times, epochs = (3, 40) if lab.thorough else (1, 10)
-    with lab.another_cluster(preempt_send_user_signal=False, **options):
-        calm = study(lab, f"{what}-calm", *pair, epochs, UNTOUCHED)
-        victim = study(lab, what, *pair, epochs, TWO_NODES)
-        folder, again = only(victim), []
-        for number, at in enumerate(sorted(lab.rng.sample(range(35, 35 * epochs * 9 // 10), times))):
-            until(lambda n=number: lives(victim, folder) == n + 1)
-            begun = steps(folder)
-            until(lambda at=at, begun=begun: steps(folder) >= max(at, begun + 5), every=0.02)
-            preempt(victim)
-            until(lambda n=number: lives(victim, folder) == n + 2)
-            until(lambda n=number: len(starts(folder)) >= n + 2)
-            again.append(_taken_again(folder, number))
-        differ = differences([(victim, calm)])
-        wrong, told = tallied([victim])
-    yield row(
-        f"{what}: trials that differ from an undisturbed one", len(differ), 0, f"{pair[0]}, {pair[1]}, {times} times; {'; '.join(differ)}"
-    )
-    yield row(f"{what}: steps lost at a time, at most", max(again), 35, "a checkpoint every 35 steps")
-    yield row(f"{what}: wrong in MLflow", wrong, 0, told)
+    """Thorough: all trials at a time, on eight nodes, slow enough that each trains for a minute. Else: two, on the cluster's four."""
+    chosen, times, epochs = (PAIRS, 5, 24) if lab.thorough else (PAIRS[:2], 1, 6)
+    pace = "*=pace@80" if lab.thorough else "*=pace@1"
+    with lab.another_cluster(nodes=8) if lab.thorough else nullcontext(lab.cluster) as cluster:
+        pairs = []
+        for number, (backend, arm) in enumerate(chosen):
+            python = f"{PYTHON} {'' if number % 2 else '*=fork@1,'}{pace}"
+            pairs.append(Pair(lab, "heard", backend, arm, epochs, WHOLE_GPUS | {"python": python}))
+        at = [draw(lab, pair, times) for pair in pairs]
+        forked = [None if number % 2 else (cluster, FORKED) for number in range(len(pairs))]
+        with ThreadPoolExecutor(len(pairs)) as pool:
+            for pair in pairs:
+                pool.submit(pair.submit_calm)
+            when = list(pool.map(Pair.preempted, pairs, at, forked))
+        differ = unlike(pairs)
+        left = left_behind(cluster, pairs)
+        seconds = sorted(second for pair, moments in zip(pairs, when, strict=True) for second in pair.answered(moments))
+        ends = [kind for pair in pairs for kind in pair.ended()]
+        wrong, told = tallied([pair.study for pair in pairs])
+    name = f"preempted {len(seconds)} times"
+    yield row(f"{name}: trials that differ from undisturbed ones", len(differ), 0, f"of {len(pairs)}, bit for bit; {'; '.join(differ)}")
+    yield row(f"{name}: ends taken for something else", abs(len(seconds) - ends.count("preempted")), 0, f"at steps {at}")
+    yield row(f"{name}: steps repeated", sum(repeated(pair.folder) + sum(pair.lost()) for pair in pairs), 0)
+    yield row(f"{name}: seconds to the checkpoint, at most", seconds[-1], 10, f"median {seconds[len(seconds) // 2]:.1f} s")
+    yield row(f"{name}: wrong in MLflow", wrong, 0, told)
+    errors = [path for pair in pairs for path in pair.study.store.root.rglob("*_result.pkl")]
+    yield row(f"{name}: error pickles", len(errors), 0, f"{FORKED} forked children a rank in every other trial")
+    yield row(f"{name}: processes left", left, 0)
+    trained = min(json.loads(pair.folder.result.read_text())["metrics"]["time/train_seconds"] for pair in pairs)
+    limit = 60 if lab.thorough else None
+    yield Row(f"{name}: seconds that the shortest trial trains", trained, limit, limit is None or trained > limit, exceeds=True)
 
 
-def starts(folder: TrialFolder) -> list[dict[str, Any]]:
-    return [line for line in journal.read(folder.journal) if line.get("event") == "start"]
-
-
-def _taken_again(folder: TrialFolder, number: int) -> int:
-    """Logged steps of life `number` beyond where the next one began."""
-    first, then = starts(folder)[number : number + 2]
-    logged = [
-        line["step"] + 1
-        for line in journal.read(folder.journal)
-        if line["attempt"] == first["attempt"] and "train/loss" in line.get("metrics", {})
-    ]
-    return max([*logged, then["resumed_from"]]) - then["resumed_from"]
-
-
-@fault("preemption where only TERM comes", slurm=True)
-def only_term(lab: Lab) -> Iterator[Row]:
-    yield from _warned_otherwise(lab, "only TERM", PAIRS[1], grace_seconds=30)
-
-
-@fault("preemption by KILL with no warning", slurm=True)
-def only_kill(lab: Lab) -> Iterator[Row]:
-    yield from _warned_otherwise(lab, "only KILL", PAIRS[0], grace_seconds=0, kill_wait=2)
+@fault("preemption where only TERM comes, and KILL with no warning", slurm=True)
+def otherwise(lab: Lab) -> Iterator[Row]:
+    times, epochs = (3, 20) if lab.thorough else (1, 6)
+    with lab.another_cluster(preempt_send_user_signal=False, grace_seconds=30, nodes=8 if lab.thorough else 4) as cluster:
+        abrupt = ["PartitionName=abrupt", "Nodes=ALL", "PriorityTier=1", "PreemptMode=REQUEUE", "GraceTime=0"]
+        subprocess.run(["scontrol", "create", *abrupt], check=True, capture_output=True, timeout=60)
+        python = f"{PYTHON} *=pace@{20 if lab.thorough else 1}"
+        kinds: dict[str, dict[str, Any]] = {
+            "only TERM": WHOLE_GPUS | {"python": python},
+            "only KILL": WHOLE_GPUS | {"python": DEAF + python, "partition": "abrupt"},
+        }
+        chosen = {"only KILL": (PAIRS[0], PAIRS[3]), "only TERM": (PAIRS[1], PAIRS[2])}
+        pairs = {
+            kind: [Pair(lab, kind, *pair, epochs, kinds[kind]) for pair in chosen[kind][: None if lab.thorough else 1]] for kind in kinds
+        }
+        every = [pair for of_kind in pairs.values() for pair in of_kind]
+        at = [draw(lab, pair, times) for pair in every]
+        with ThreadPoolExecutor(len(every)) as pool:
+            for pair in every:
+                pool.submit(pair.submit_calm)
+            when = dict(zip((p.name for p in every), pool.map(Pair.preempted, every, at), strict=True))
+        for kind, of_kind in pairs.items():
+            differ = unlike(of_kind)
+            wrong, told = tallied([pair.study for pair in of_kind])
+            left = left_behind(cluster, of_kind)
+            lost = [steps_lost for pair in of_kind for steps_lost in pair.lost()]
+            moved = max(pair.under_way() for pair in of_kind)
+            what = f"{len(lost)} of {times * len(of_kind)} times; {', '.join(p.name for p in of_kind)}"
+            yield row(
+                f"{kind}: trials that differ from undisturbed ones", len(differ), 0, f"{what}; {'; '.join(differ)}",
+                ok=len(lost) == times * len(of_kind),
+            )  # fmt: skip
+            heard = [second for pair in of_kind for second in pair.answered(when[pair.name])]
+            if kind == "only TERM":
+                yield row(f"{kind}: steps lost at a time, at most", max(lost), 0, f"saved {max(heard):.1f} s after the signal at most")
+            else:
+                yield row(
+                    f"{kind}: steps lost at a time, at most", max(lost), INTERVAL + moved,
+                    f"{lost}; a checkpoint every {INTERVAL} steps, written within {moved}", ok=all(map(math.isinf, heard)),
+                )  # fmt: skip
+            yield row(f"{kind}: wrong in MLflow, processes left", wrong + left, 0, told)
 
 
 @fault("time limit", slurm=True)
 def time_limit(lab: Lab) -> Iterator[Row]:
-    """A job of one minute hears its signal 10 to 40 s before the end; steps are slowed down so that it takes several."""
-    backend, arm = PAIRS[1]
-    limit = {"time_minutes": 1, "signal_lead_seconds": 10}
-    slow = TWO_NODES | limit | {"python": f"{PYTHON} *=pace@{500 if lab.thorough else 300}"}
-    if lab.thorough:
-        calm = study(lab, "calm", backend, arm, 5, UNTOUCHED)
-        long = study(lab, "long", backend, arm, 5, slow | {"max_timeouts": 20})
-    short = study(lab, "short", *PAIRS[0], 5, slow | {"max_timeouts": 1 if lab.thorough else 0})
-    short.wait("exhausted", seconds=400)
-    folder = only(short)
-    kinds = [life.ended["kind"] for life in short.entry(folder).lives]
-    short.run("sync")
-    status = next(iter(json.loads(short.run("status", "--json")[1])["trials"]))
-    lost = (
-        (status["state"] != "exhausted") + (json.loads(folder.result.read_text())["state"] != "exhausted") + (folder.state().committed == 0)
-    )
-    yield row("past max_timeouts: exhausted nowhere said, or its steps lost", lost, 0, f"{', '.join(kinds)}; {status['last_error']}")
-    short.cluster.write_text(yaml.safe_dump(yaml.safe_load(short.cluster.read_text()) | {"python": sys.executable, "time_minutes": 10}))
-    code, out, _ = short.run("submit")
-    assert code == 1 and "--retry" in _, out + _
-    saved = folder.state().committed
-    short.submit("--retry")
-    short.wait("finished")
-    yield row("exhausted, then --retry: steps repeated", repeated(folder), 0, f"went on from step {saved}")
-    if lab.thorough:
-        differ = differences([(long, calm)])
-        reached = [life.ended["kind"] for life in long.entry(only(long)).lives].count("time limit")
-        yield Row("time limit reached, times", reached, 2.5, reached >= 3, "each time requeued; ended finished", exceeds=True)
-        yield row("time limit: trials that differ from an undisturbed one", len(differ), 0, "; ".join(differ))
-        yield row("time limit: steps repeated", repeated(only(long)), 0)
+    """SLURM sends the signal 10 to 40 s before the end of a minute. Steps are slow until the limit has come often enough."""
+    often, epochs = (3, 10) if lab.thorough else (1, 3)
+    slow = "*=thrice@500" if lab.thorough else "*=slow@500"  # for three lives, for one: too slow to end in them
+    limit = {"tasks_per_node": 1, "gpus_per_node": 1, "time_minutes": 1, "signal_lead_seconds": 10}
+    limit |= {"python": f"{PYTHON} {slow}"}  # type: ignore[dict-item]
+    (of_long, of_short) = ((PAIRS[0], PAIRS[1]), (PAIRS[2], PAIRS[3])) if lab.thorough else (PAIRS[:1], PAIRS[1:2])
+    long = [Pair(lab, "long", *pair, epochs, limit | {"max_timeouts": often}) for pair in of_long]
+    short = [Pair(lab, "short", *pair, epochs, limit | {"max_timeouts": often - 1}) for pair in of_short]
+
+    for pair in long:  # then it may end without one more
+        until(lambda: pair.requeued() == often, 400)  # noqa: B023 - asked before the next pair
+        subprocess.run(["scontrol", "update", f"JobId={pair.job_id}", "TimeLimit=10"], check=True, capture_output=True, timeout=60)
+    unsaid, told = [], []
+    for pair in short:
+        pair.study.wait("exhausted", seconds=400)
+        assert pair.study.run("sync")[0] == 0
+        (status,) = json.loads(pair.study.run("status", "--json")[1])["trials"]
+        said = {"status": status["state"], "result.json": json.loads(pair.folder.result.read_text())["state"], "MLflow": _in_mlflow(pair)}
+        unsaid += [f"{where}: {state}" for where, state in said.items() if state not in ("exhausted", "FAILED")]
+        told.append(f"{pair.name}: {', '.join(pair.ended())} by step {pair.folder.state().committed}; {status['last_error']}")
+    yield row("past max_timeouts: places that do not say exhausted", len(unsaid), 0, f"{'; '.join(told)} {'; '.join(unsaid)}")
+
+    saved = [pair.folder.state().committed for pair in short]
+    for pair in short:
+        given = yaml.safe_load(pair.study.cluster.read_text())
+        pair.study.cluster.write_text(yaml.safe_dump(given | {"python": shlex.quote(sys.executable), "time_minutes": 10}))
+        code, out, err = pair.study.run("submit")
+        assert code == 1 and "--retry" in err, out + err
+        pair.study.submit("--retry")
+    for pair in (*long, *short):
+        pair.submit_calm()
+    differ, again = unlike(short), [pair.starts()[-1]["resumed_from"] for pair in short]
+    yield row(
+        "exhausted, then --retry: trials that differ from undisturbed ones", len(differ), 0, f"went on from steps {again}; {'; '.join(differ)}",
+        ok=again == saved and min(saved) > 0,
+    )  # fmt: skip
+    differ = unlike(long)
+    limits = [[kind for kind in pair.ended() if kind == "time limit"] for pair in long]
+    requeued = [pair.requeued() for pair in long]
+    right = all(len(found) == count == often for found, count in zip(limits, requeued, strict=True))
+    yield row(
+        f"time limit {often} times: trials that differ from undisturbed ones", len(differ), 0,
+        f"of {len(long)}, requeued {requeued} times; {'; '.join(differ)}", ok=right,
+    )  # fmt: skip
+    both = [*long, *short]
+    yield row("time limit: steps repeated", sum(repeated(pair.folder) + sum(pair.lost()) for pair in both), 0)
+    wrong, said_of = tallied([pair.study for pair in both])
+    yield row("time limit: wrong in MLflow", wrong, 0, said_of)
+
+
+def _in_mlflow(pair: Pair) -> str:
+    with closing(connect(pair.study.store.root / "mlflow.db", timeout=60)) as database:
+        query = "SELECT r.status FROM runs r JOIN tags t USING (run_uuid) WHERE t.key = 'trial_id' AND t.value = ?"
+        (state,) = database.execute(query, [pair.folder.path.name]).fetchall()
+    return str(state[0])
 
 
 @fault("none", slurm=True)
 def none(lab: Lab) -> Iterator[Row]:
-    """The same study on SLURM and by the local executor, four ranks each."""
+    """The same study on SLURM and by the local executor at the same time, four ranks a trial."""
     document: dict[str, Any] = {
         "arms": ARMS, "backend": BACKENDS["deepspeed"], "ranks": 4, "budget": {"epochs": 3 if lab.thorough else 1},
-        "search": {"seeds": 2 if lab.thorough else 1}, "finalists": {"top": 1, "seeds": 2},
     }  # fmt: skip
-    there, here = Study(lab.folder / "slurm", lab.data, **document), Study(lab.folder / "local", lab.data, **document)
+    if lab.thorough:
+        document |= {"search": {"seeds": 2}, "finalists": {"top": 1, "seeds": 2}}
+    there, here = (Study(lab.folder / name, lab.data, {"time_minutes": 30}, **document) for name in ("slurm", "local"))
     here.cluster.write_text(yaml.safe_dump({"executor": "local", "ranks": 4}))
-    there.submit()
-    there.wait("finished")
-    there.submit()  # the finalists
-    there.wait("finished")
-    here.submit()
-    tables = []
+    locally = here.start("submit")
+    for _ in range(2 if lab.thorough else 1):  # finalists are known when the search has ended
+        there.submit()
+        there.wait("finished", seconds=600)
+    out, err = locally.communicate(timeout=900)
+    assert locally.returncode == 0, out + err
+    reports = []
     for one in (there, here):
         code, out, err = one.run("report")
         assert code == 0, out + err
-        tables.append((one.store.study(one.name) / "report" / "table.csv").read_text())
+        folder = one.store.study(one.name) / "report"
+        reports.append([*(folder / "table.csv").read_text().splitlines(), *(folder / "summary.json").read_text().splitlines()])
     weights = [{key: r["weights_sha256"] for key, r in one.results().items()} for one in (there, here)]
     unfinished = sum(s.state != "finished" for s in there.trials().values())
     yield row("no fault: trials not FINISHED", unfinished, 0, f"of {len(there.trials())}, two nodes of two ranks, DeepSpeed ZeRO-1")
-    yield row("no fault: weights other than the local executor's", sum(weights[0][k] != weights[1].get(k) for k in weights[0]), 0)
-    differ = sum(a != b for a, b in zip(*(t.splitlines() for t in tables), strict=True))
-    yield row("no fault: lines of the report's table other than the local executor's", differ, 0, f"of {len(tables[0].splitlines())}")
+    others = sum(weights[0].get(key) != weights[1].get(key) for key in weights[0].keys() | weights[1].keys())
+    yield row("no fault: weights other than the local executor's", others, 0)
+    differ = abs(len(reports[0]) - len(reports[1])) + sum(a != b for a, b in zip(*reports, strict=False))
+    yield row(
+        "no fault: lines of the report other than the local executor's", differ, 0, f"of {len(reports[0])}, table.csv and summary.json"
+    )

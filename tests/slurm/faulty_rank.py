@@ -53,6 +53,11 @@ class Faults:
         """`at` milliseconds a step, always."""
         time.sleep(self.at / 1000)
 
+    def thrice(self, n: int) -> None:
+        """`at` milliseconds a step, until the job has been requeued three times."""
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < 3:
+            time.sleep(self.at / 1000)
+
 
 def _trial() -> Any:
     from harness.store import Store
