@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness.stopping import StopRequest
-
 from harness.store import Store
 
 
