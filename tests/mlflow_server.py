@@ -45,12 +45,13 @@ class Server:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
 
     def start(self, wait: bool = True) -> None:
         """Unless it runs. Returns when it answers; wait=False: at once."""
-        if self.process is None:
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-            with open(self.log, "w") as log:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        with self._lock, open(self.log, "a") as log:
+            if self.process is None:
                 self.process = subprocess.Popen(
                     [sys.executable, "-c", UI, str(self.root), str(self.port)],
                     env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -75,10 +76,11 @@ class Server:
 
     def kill(self) -> None:
         """Whatever it is doing; it can be started again."""
-        self.signal(signal.SIGKILL)
-        if self.process is not None:
-            self.process.wait()
-        self.process = None
+        with self._lock:
+            self.signal(signal.SIGKILL)
+            if self.process is not None:
+                self.process.wait()
+            self.process = None
 
     def __enter__(self) -> Self:
         return self
