@@ -27,7 +27,9 @@ ONE: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None}
 
 @fault("slurmctld restarted in the middle; down exactly when the signal comes", slurm=True)
 def absent_controller(lab: Lab) -> Iterator[Row]:
-    study = Study(lab.folder, lab.data, NODES, search={"seeds": 2}, budget={"epochs": 40 if lab.thorough else 15})
+    seldom = {"every_epochs": 5}
+    budget = {"epochs": 25 if lab.thorough else 15}
+    study = Study(lab.folder, lab.data, NODES, search={"seeds": 2}, budget=budget, evaluation=seldom, checkpoint=seldom)
     study.submit()
     until(lambda: len(study.folders()) == 2 and all(steps(folder) > 20 for folder in study.folders()))
     through, signalled = study.folders()
@@ -125,7 +127,7 @@ def _ends(lab: Lab, cluster: Cluster, where: str) -> Iterator[Row]:
     studies = {
         state: Study(lab.folder / where.split()[0] / state, lab.data, ONE | shape, name=state, **document)
         for state, shape, document in (
-            ("exhausted", lasting, long),
+            *([("exhausted", lasting, long)] if lab.thorough else []),  # a minute
             ("failed", {"max_retries": 0}, long),
             ("cancelled", {}, long),
             ("finished", {}, {"ranks": 1, "budget": {"epochs": 0.2}}),

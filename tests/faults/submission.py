@@ -113,7 +113,7 @@ def _wrong(study: Study, trials: int) -> tuple[int, str]:
 
 @fault("the submitter killed at five points", slurm=True)
 def killed_submitter(lab: Lab) -> Iterator[Row]:
-    trials = 3 if lab.thorough else 1
+    trials = 2 if lab.thorough else 1
     # SLURM takes the job of a submitter that is dead: at once, or after the next one has found nothing in the queue and submitted anew.
     slow = 'kill -KILL $PPID; until [ -e "$0.go" ]; do sleep 0.1; done; exec "$real" "$@"'
     cases = {name: (point, "") for name, point in POINTS.items()}
@@ -160,7 +160,7 @@ def lost_answer(lab: Lab) -> Iterator[Row]:
 
 @fault("ten submitters at once", slurm=True)
 def ten_submitters(lab: Lab) -> Iterator[Row]:
-    trials = 10 if lab.thorough else 2
+    trials = 6 if lab.thorough else 2
     study, unlocked = _study(lab, "ten", trials), _study(lab, "unlocked", trials // 2)
     ended = [_end(process) for process in [_start(study) for _ in range(10)]]
     assert not [said for code, said in ended if code], ended
