@@ -33,7 +33,7 @@ def absent_controller(lab: Lab) -> Iterator[Row]:
     study.submit()
     until(lambda: len(study.folders()) == 2 and all(steps(folder) > 20 for folder in study.folders()))
     through, signalled = study.folders()
-    jobs = {folder.path.name: study.trials()[folder.path.name].entry.job_id for folder in study.folders()}
+    job = study.entry(signalled).job_id
 
     restarts = 3 if lab.thorough else 1
     for number in range(restarts):
@@ -46,7 +46,7 @@ def absent_controller(lab: Lab) -> Iterator[Row]:
     lab.cluster.stop_controller()
     assert not signalled.result.exists(), "the trial ended before it could be signalled"
     sent = time.time()
-    for rank in lab.cluster.ranks(jobs[signalled.path.name]):
+    for rank in lab.cluster.ranks(job):
         os.kill(rank.pid, signal.SIGUSR2)
     until(lambda: _saved(signalled) is not None, 60)
     saved = (_saved(signalled) or 0) - sent

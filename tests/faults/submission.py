@@ -189,12 +189,12 @@ def ten_submitters(lab: Lab) -> Iterator[Row]:
 
 @fault("wrong partition, account or an impossible request", slurm=True)
 def refused_request(lab: Lab) -> Iterator[Row]:
-    cases = {
+    cases: dict[str, tuple[dict[str, Any], str]] = {
         "partition": ({"partition": "nowhere"}, "Invalid partition name"),
         "more GPUs than a node has": ({"gpus_per_node": RANKS, "tasks_per_node": RANKS}, "node configuration is not available"),
     }
     yield from _refusals(lab, cases)
-    enforced = {
+    enforced: dict[str, tuple[dict[str, Any], str]] = {
         "account": ({"account": "nobodys"}, "Invalid account"),
         "more nodes than there are": ({"gpus_per_node": 1}, "requested than permitted"),  # elsewhere SLURM lets such a job wait for good
     }
