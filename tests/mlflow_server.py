@@ -24,6 +24,8 @@ from harness import tracking
 
 UI = "import sys; from pathlib import Path; from harness.store import Store; from harness import tracking; tracking.open_ui(Store(Path(sys.argv[1])), int(sys.argv[2]))"
 
+ROOT = Path(__file__).resolve().parents[1]
+
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
 
@@ -54,7 +56,8 @@ class Server:
             if self.process is None:
                 self.process = subprocess.Popen(
                     [sys.executable, "-c", UI, str(self.root), str(self.port)],
-                    env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    cwd=self.root, env=environment | {"PYTHONPATH": str(ROOT)},
+                    start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 )  # fmt: skip
         deadline = time.monotonic() + 300
         while wait and not self.answers():
