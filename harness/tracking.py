@@ -21,12 +21,14 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -283,12 +285,24 @@ def _experiment(store: Store, study: str, uri: str | None) -> _Experiment:
 
 @contextmanager
 def _database_made_once(uri: str) -> Iterator[None]:
-    """Of several processes one makes the tables of a new SQLite database: MLflow lets them all try, and all but one fail."""
+    """Of several processes one makes the tables of a new SQLite database: MLflow lets them all try, and all but one fail.
+
+    They are made in a file that then takes the database's name: a process killed in between would leave half of them, which
+    nobody could complete ("table secrets already exists").
+    """
     if not uri.startswith("sqlite:///"):
         yield
         return
     path = Path(uri.removeprefix("sqlite:///"))
     with _alone(path.with_name(f".{path.name}.lock"), time.monotonic() + PATIENCE):
+        if not path.exists():
+            for unfinished in path.parent.glob(f".{path.name}.*/"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+                new = Path(folder) / path.name
+                _client(f"sqlite:///{new}").search_experiments()
+                with suppress(FileExistsError):  # where there are no locks, somebody else's
+                    path.hardlink_to(new)
         yield
 
 
