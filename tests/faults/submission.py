@@ -144,7 +144,7 @@ def _tokens_known_to_slurm(study: Study) -> list[str]:
 @fault("sbatch's answer lost", slurm=True)
 def lost_answer(lab: Lab) -> Iterator[Row]:
     trials = 2 if lab.thorough else 1
-    studies = {}
+    studies: dict[str, Study] = {}
     for name, body in {
         "it ends with 1": '"$real" "$@" > /dev/null; echo "sbatch: error: Socket timed out on send/recv operation" >&2; exit 1',
         "it prints nothing": '"$real" "$@" > /dev/null',
