@@ -20,9 +20,9 @@ from tests.report import Row, row
 from tests.slurm.cluster import Cluster
 from tests.slurm.study import SECONDS, Study, repeated, steps, until
 
-NODES: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": 1}
+NODES: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": 1, "stall_timeout_seconds": 600}
 """of a cluster file: two ranks are on two nodes"""
-ONE: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None}
+ONE: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None, "stall_timeout_seconds": 600}
 
 
 @fault("slurmctld restarted in the middle; down exactly when the signal comes", slurm=True)

@@ -16,7 +16,7 @@ from tests.faults.lab import Lab, fault
 from tests.report import Row, row
 from tests.slurm.study import SECONDS, Study, until
 
-SMALL: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None, "stall_timeout_seconds": 120}
+SMALL: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None, "stall_timeout_seconds": 600}
 """of a cluster file: one rank a trial, so that many fit the machine"""
 
 RANKS = 10
@@ -106,7 +106,8 @@ def _wrong(study: Study, trials: int) -> tuple[int, str]:
         claimed = study.store.trial(study.name, trial_id).newest_attempt()
         if (s.state, s.record.attempts, claimed, len(jobs)) != ("finished", 1, 1, 1):
             wrong += 1
-            told.append(f"{trial_id}: {s.state}, {claimed} attempts, jobs {sorted(jobs)}")
+            ends = [life.ended and f"{life.ended['kind']} {life.ended['error'] or ''}" for life in s.entry.lives]
+            told.append(f"{trial_id}: {s.state}, {claimed} attempts, jobs {sorted(jobs)}, ends {ends}")
     orphans = study.in_queue()
     return wrong + len(orphans), "; ".join([*told, *(f"in the queue: {orphan}" for orphan in orphans)])
 

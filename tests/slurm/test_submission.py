@@ -24,7 +24,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.study import ADAMW, SGDW, Study, steps, until
 
 ROOT = Path(__file__).resolve().parents[2]
-ONE: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None, "stall_timeout_seconds": 120}
+ONE: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None, "stall_timeout_seconds": 600}
 """of a cluster file: one rank a trial"""
 LATER = ONE | {"sbatch": {"begin": "now+1hour"}}
 """nothing of this will run"""
