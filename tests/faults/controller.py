@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from harness import journal
@@ -29,7 +31,12 @@ ONE: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None, "stall_timeou
 def absent_controller(lab: Lab) -> Iterator[Row]:
     seldom = {"every_epochs": 5}
     budget = {"epochs": 25 if lab.thorough else 15}
-    study = Study(lab.folder, lab.data, NODES, search={"seeds": 2}, budget=budget, evaluation=seldom, checkpoint=seldom)
+    # srun itself waits some seconds for a controller: to refuse the supervisor, too, takes one that is away for longer than
+    # the small size allows, or this.
+    wrapped = [] if lab.thorough else [f"export PATH={_refuses_twice(lab.folder / 'bin')}:$PATH"]
+    study = Study(
+        lab.folder, lab.data, NODES | {"setup": wrapped}, search={"seeds": 2}, budget=budget, evaluation=seldom, checkpoint=seldom
+    )
     study.submit()
     until(lambda: len(study.folders()) == 2 and all(steps(folder) > 20 for folder in study.folders()))
     through, signalled = study.folders()
@@ -67,6 +74,24 @@ def absent_controller(lab: Lab) -> Iterator[Row]:
     )
     yield row("slurmctld restarted or down: trials lost, restarted without need, or with steps repeated", wrong, 0, note)
     yield row("slurmctld back: seconds until the trial is resumed", resumed, 120 if lab.thorough else None, f"after {down} s")
+
+
+def _refuses_twice(folder: Path) -> Path:
+    """A folder for PATH: `scontrol requeue` fails two times, as without a controller."""
+    folder.mkdir()
+    script = folder / "scontrol"
+    script.write_text(
+        f"""#!/bin/bash
+if [[ $1 == requeue && $(cat {folder}/refused 2> /dev/null | wc -l) -lt 2 ]]; then
+    echo refused >> {folder}/refused
+    echo "Unable to contact slurm controller (connect failure)" >&2
+    exit 1
+fi
+exec {shutil.which("scontrol")} "$@"
+"""
+    )
+    script.chmod(0o755)
+    return folder
 
 
 def _until_further(folder: TrialFolder, more: int) -> None:
