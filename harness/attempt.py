@@ -5,24 +5,21 @@ Only rank 0 writes, except that a rank which fails says so itself. Everything th
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import socket
-import subprocess
 import time
 import traceback
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from harness import checkpoint, journal
+from harness import checkpoint, journal, provenance
 from harness.config import BadInput, Trial
 from harness.data.loader import Substitution
 from harness.dist import Ranks, peer_lost
@@ -163,8 +160,8 @@ class Attempt:
             "job_id": os.environ.get("WRBENCH_JOB_ID"),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "deepspeed": _version("deepspeed"),
-            **_code(),
+            "deepspeed": provenance.version("deepspeed"),
+            **provenance.code(),
         }
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -284,36 +281,3 @@ class Attempt:
         line, done = " ".join(traceback.format_exception_only(error)[-1].split())[:LINE], self._saved.steps_done
         self._journal.write(done, event="end", state="failed", error=line, rank=self.ranks.rank)
         write_result(self.folder, result_of(self.trial, "failed", done, self.number, {}, error=line))
-
-
-def _code() -> dict[str, str | None]:
-    """What runs: the commit, and the code snapshot of the submission; None for what there is none of.
-
-    A snapshot says itself which commit it was taken of: it may lie in the checkout of something else.
-    """
-    root = Path(__file__).resolve().parent.parent
-    try:
-        snapshot = json.loads((root / "snapshot.json").read_text())
-    except FileNotFoundError:
-        return {"commit": _commit(root), "code": None}
-    return {"commit": snapshot["commit"], "code": snapshot["code"]}
-
-
-def _commit(root: Path) -> str | None:
-    """The commit of a checkout, marked when the working tree differs; None outside of one."""
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=root, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return out.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    """Of an installed package, which is not imported; None if there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -16,9 +16,9 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness.config import CONFIGS
+from harness import provenance
+from harness.provenance import ROOT
 
-ROOT = CONFIGS.parent
 PARTS = {"harness": ("*.py",), "launch": ("*.py",), "analysis": ("*.py", "*.html"), "configs": ("*.yaml",)}
 """folder -> what of it runs"""
 
@@ -40,7 +40,7 @@ def take(study: Path) -> Path:
         for name, content in contents.items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             (made / name).write_bytes(content)
-        described = {"code": code, "commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        described = {"code": code, "commit": provenance.code()["commit"], "time": datetime.now(UTC).isoformat(timespec="seconds")}
         (made / "snapshot.json").write_text(json.dumps(described, indent=1) + "\n")
         (made / "uncommitted.diff").write_bytes(_git("diff", "--no-color", "HEAD", "--", *PARTS))
         try:
@@ -49,15 +49,6 @@ def take(study: Path) -> Path:
             if not final.exists():
                 raise
     return final
-
-
-def commit() -> str | None:
-    """Of the running code, marked when the working tree differs from it; None outside a checkout."""
-    here = ROOT / "snapshot.json"
-    if here.exists():
-        found: str | None = json.loads(here.read_text())["commit"]
-        return found
-    return _git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*").decode().strip() or None
 
 
 def _git(*arguments: str) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harness import provenance
 from harness.config import BadInput, Slurm
 from harness.store import Store
 from harness.study import LoadedStudy
@@ -97,7 +98,7 @@ def test_the_snapshot_is_what_runs(tmp_path: Path) -> None:
     code = snapshot.take(tmp_path / "study")
     assert snapshot.take(tmp_path / "study") == code, "unchanged code is kept once"
     described = json.loads((code / "snapshot.json").read_text())
-    assert described["code"] == code.name and described["commit"] == snapshot.commit()
+    assert described["code"] == code.name and described["commit"] == provenance.code()["commit"]
     assert (code / "uncommitted.diff").exists() and not list(code.rglob("__pycache__"))
     (tmp_path / "harness").mkdir()  # in the working directory, which must not be looked at
     (tmp_path / "harness" / "__init__.py").write_text("raise SystemExit('the wrong one')")
