@@ -141,11 +141,15 @@ class TrialFolder:
 
     def finished_result(self) -> dict[str, Any] | None:
         """result.json of a finished trial; None for any other, also for what a superseded attempt wrote in its last moment."""
+        result = self._result()
+        return result if result and result["state"] == "finished" and not self.is_superseded(result["attempts"]) else None
+
+    def _result(self) -> dict[str, Any] | None:
         try:
             result: dict[str, Any] = json.loads(self.result.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return result if result.get("state") == "finished" and not self.is_superseded(result["attempts"]) else None
+        return result
 
     def is_running(self) -> bool:
         """Whether somebody holds the lock; never on a file system without locks.
@@ -176,10 +180,13 @@ class TrialFolder:
     def state(self) -> TrialState:
         running = self.is_running()
         record = journal.fold(journal.read(self.journal))
+        state = record.state(running)
+        if state in ("finished", "diverged") and (self._result() or {}).get("state") != state:
+            state = "running" if running else "interrupted"  # killed between the two: the last steps are to be done again
         start: dict[str, Any] = record.starts[-1] if record.starts else {}
         seconds = [p for p in record.points() if p.metric == "time/train_seconds"]
         return TrialState(
-            state=record.state(running),
+            state=state,
             step=record.steps_done,
             total_steps=start.get("total_steps"),
             attempts=max(len(record.starts), self.newest_attempt()),

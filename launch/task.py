@@ -115,7 +115,7 @@ class Supervisor:
         entry = self._entry(trial_id)
         ours = entry.token == self.given.token and not entry.cancelled
         final = entry.newest.get("event") == "ended" and entry.newest.get("final", False)
-        return not ours or final or _has_result(folder.state(), folder)
+        return not ours or final or folder.state().state in ("finished", "diverged")
 
     # ----------------------------------------------------------------------------------------------- one life
 
@@ -190,7 +190,7 @@ class Supervisor:
         newest = entry.lives[-1].started if entry.lives else {}
         if (newest.get("token"), newest.get("job_id"), newest.get("life")) != (self.given.token, self.job_id, self.life):
             return End(state, "superseded")  # this node was cut off, and the trial goes on elsewhere
-        if _has_result(state, folder):
+        if state.state in ("finished", "diverged"):
             return End(state, state.state)
         if entry.cancelled:
             return End(state, "cancelled")
@@ -291,11 +291,6 @@ class Supervisor:
         while not self.terminated and time.monotonic() < until:  # a job that ends by itself first would not be requeued
             time.sleep(POLL)
         return 0
-
-
-def _has_result(state: TrialState, folder: TrialFolder) -> bool:
-    """Whether the journal and result.json both say so: ranks killed between the two go on from the last checkpoint, which is short."""
-    return state.state in ("finished", "diverged") and folder.result.exists()
 
 
 def _logged(log: Path) -> str | None:

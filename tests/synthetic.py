@@ -14,7 +14,7 @@ import yaml
 from harness import schedule, study, tracking
 from harness.config import Trial
 from harness.journal import Journal
-from harness.store import Store
+from harness.store import Store, result_of, write_result
 
 STUDY: dict[str, Any] = {
     "name": "synthetic",
@@ -107,6 +107,7 @@ def write_trial(
     if state != "interrupted":
         message = {"failed": "RuntimeError: node_7 lost <power> & 50 % of its disks", "diverged": "train/loss is nan"}.get(state)
         journal.write(last - 1, event="end", state=state, error=message)
+        write_result(folder, result_of(trial, state, last, folder.newest_attempt(), {}, error=message))
     journal.close()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from harness import journal, store
 from harness.journal import Journal
-from harness.store import ENDED, RETRIED, TrialFolder, close, write_result
+from harness.store import ENDED, RETRIED, TrialFolder, close, result_of, write_result
 from tests.trials import trial
 
 
@@ -79,7 +79,9 @@ def test_a_failed_attempt_can_be_given_up_and_a_result_cannot(folder: TrialFolde
     assert folder.state().last_error == "boom"
     assert close(folder, "exhausted", "boom, three times")
     assert (folder.state().state, folder.state().last_error) == ("exhausted", "boom, three times")
-    attempt(folder, 5, end="finished")
+    number = attempt(folder, 5, end="finished")
+    assert folder.state().state == "interrupted", "the result.json is of the attempt before: this one was killed before it wrote its own"
+    write_result(folder, result_of(trial(), "finished", 5, number, {}))
     before = folder.journal.read_bytes()
     assert not any(close(folder, state, "late") for state in ("failed", "exhausted", "cancelled"))
     assert folder.journal.read_bytes() == before
