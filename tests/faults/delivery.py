@@ -225,6 +225,8 @@ def one_database(lab: Lab) -> Iterator[Row]:
     cluster.write_text(yaml.safe_dump({"executor": "local", "ranks": 1, "max_parallel": trials}))
     command = [sys.executable, "-m", "launch", "study", "submit", str(file), "--cluster", str(cluster), "--store", str(store.root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    if done.returncode:
+        raise RuntimeError(f"study submit: {done.stderr or done.stdout}")
     ids = [folder.path.name for folder in store.trials("many")]
     found = [tally(store, "many")]
     fresh = lab.folder / "fresh.db"
@@ -234,7 +236,7 @@ def one_database(lab: Lab) -> Iterator[Row]:
             list(all_at_once.map(tracking.Delivery.stop, deliveries))
     found.append(tally(store, "many", fresh))
     logs = [*done.stderr.splitlines(), *(text for log in store.root.rglob("delivery.log") for text in log.read_text().splitlines())]
-    ended = [done.returncode, *(delivery.process.returncode for delivery in deliveries)]
+    ended = [delivery.process.returncode for delivery in deliveries]
     whole = len(ids) == trials and not any(ended) and all(not f.wrong and f.trials == trials for f in found)
     note = f"one process: {found[0]}; {trials} processes: {found[1]}; {'; '.join(logs)[:300]}".rstrip("; ")
     yield row(f"{trials} trials to one SQLite store: errors", len(logs), 0, note, ok=whole)

@@ -105,9 +105,8 @@ def full_disk(lab: Lab) -> Iterator[Row]:
     pairs = [(arm, backend) for backend in BACKENDS for arm in ARMS] if lab.thorough else [("AdamW", "ddp")]
     world = 2 if lab.thorough else 1
     database = empty_database(lab.folder)
-    calm = Store(lab.folder / "calm")
     for arm, backend in pairs:
-        t = _trial(lab, arm, backend)
+        t, calm = _trial(lab, arm, backend), Store(lab.folder / f"calm {backend}")  # a trial has one id whatever the backend
         wanted, undisturbed = finish(t, calm, world)["weights_sha256"], history(calm.trial(t.study, t.trial_id))
         for what, until_the_end in (("for a while", False), ("until the run ends", True)):
             name = f"disk full {what}, {arm} {backend}"

@@ -225,11 +225,11 @@ class Victim(Watched):
         """Where the ranks were, who have just been killed."""
         partial, own = self._partial(), self.lines()[before:]
         metrics = [line for line in own if "metrics" in line]
-        if not own:
-            return "start-up"
         if any(line.get("event") == "end" for line in own):
             return "exit"
-        if metrics and metrics[-1]["step"] + 1 in EVALUATED and "train/loss" in metrics[-1]["metrics"]:
+        if not metrics:  # imports, the claim, the model, the checkpoint to go on from
+            return "start-up"
+        if metrics[-1]["step"] + 1 in EVALUATED and "train/loss" in metrics[-1]["metrics"]:
             return "evaluation"
         return "save" if partial else "step"
 
