@@ -224,44 +224,60 @@ def train(file: Annotated[Path, typer.Argument(metavar="TRIAL.yaml", help="a res
 # --------------------------------------------------------------------------------------------------- shards
 
 
+ShardsArgument = Annotated[str, typer.Argument(metavar="PATH", help="folder of the shards, or a list: DIR/train-{000..146}.tar")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="processes; default: all cores")]
+
+
 @shards.command("build")
 def build(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="mnist5k")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="mnist5k, ilsvrc2012, folder, imagenet32, imagenet64, cifar10 or fixture")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="a new or empty folder")],
-    src: Annotated[Path | None, typer.Argument(metavar="[SRC]", help="where the images are, for kinds that need them")] = None,
+    src: Annotated[Path | None, typer.Argument(metavar="[SRC]", help="folder of the images, for kinds that need one")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of the order")] = 0,
+    shard_samples: Annotated[int | None, typer.Option("--shard-samples", metavar="N", help="samples a shard")] = None,
+    max_side: Annotated[int | None, typer.Option("--max-side", metavar="PIXELS", help="scale larger images down to it")] = None,
+    quality: Annotated[int | None, typer.Option("--quality", metavar="Q", help="encode every image again, as JPEG")] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", metavar="FILE", help="folder: lines of NAME CLASS for val/*.jpg")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", metavar="N", min=1, help="fixture: how many")] = None,
+    workers: WorkersOption = None,
 ) -> None:
-    """Standard WebDataset shards and their index."""
-    from harness.data import shards as library
+    """Standard WebDataset shards and their index. Killed, it goes on where it was when it is run again."""
+    from harness.data import build as library
+    from harness.data.parallel import cores
 
-    with bar("building") as progress:
-        done = library.build(kind, src, out, progress=progress)
+    options = library.Options(seed, shard_samples, max_side, quality)
+    with bar("building", "images") as progress:
+        done = library.build(kind, src, out, options, labels, samples, workers or cores(), progress)
     print(done)
 
 
 @shards.command("index")
 def index(
-    path: Annotated[Path, typer.Argument(help="folder of the shards")],
+    path: ShardsArgument,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where the index goes, if not beside the shards")] = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Write the index of shards that are there."""
     from harness.data import shards as library
+    from harness.data.parallel import cores
 
-    with bar("indexing") as progress:
-        made = library.index_shards(path, out, progress)
+    with bar("indexing", "bytes") as progress:
+        made = library.index_shards(path, out, progress, workers or cores(), lambda line: print(f"warning: {line}", file=sys.stderr))
     print(f"{out or path}: {len(made.key)} samples in {len(made.shards)} shards")
 
 
 @shards.command("verify")
-def verify(path: Annotated[Path, typer.Argument(help="folder of the shards, or an index file")]) -> int:
-    """Read and decode every sample; exit 1 when something is wrong."""
-    from harness.data import shards as library
+def verify(path: ShardsArgument, workers: WorkersOption = None) -> int:
+    """Read and decode every sample; exit 1 when something is wrong. PATH may also be an index file."""
+    from harness.data import verify as library
+    from harness.data.parallel import cores
 
-    with bar("verifying") as progress:
-        found = library.verify(path, progress)
-    faults = [str(f).removeprefix("fault: ") for f in found if f.severity == "fault"]
-    for warning in (f for f in found if f.severity == "warning"):
-        print(warning)
-    print(f"{path}: {len(faults)} fault(s), {len(found) - len(faults)} warning(s)")
+    with bar("verifying", "bytes") as progress:
+        verified = library.verify(path, progress, workers or cores())
+    faults = [str(f).removeprefix("fault: ") for f in verified.findings if f.severity == "fault"]
+    for line in (*(f for f in verified.findings if f.severity == "warning"), *verified.classes):
+        print(line)
+    print(f"{path}: {len(faults)} fault(s), {len(verified.findings) - len(faults)} warning(s)")
     return _complain("\n".join(faults), 1) if faults else 0
 
 

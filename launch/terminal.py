@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -29,12 +40,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function (done, total) that moves a bar on stderr; at a terminal only, and gone at the end."""
+def bar(title: str, unit: Literal["images", "bytes"]) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, total) that moves a bar with rate and time left on stderr; at a terminal only, and gone at the end."""
     out = Console(stderr=True)
-    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
+    amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), _Rate())
+    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal, speed_estimate_period=300) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f}/s")
 
 
 def duration(seconds: float | None) -> str:

@@ -12,10 +12,11 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,43 @@ class Entry:
     label: int
     crc32: int
     """of the image's bytes"""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One shard, and arrays with an entry for each of its samples."""
+
+    shard: Shard
+    key: npt.NDArray[np.bytes_]
+    extension: npt.NDArray[np.bytes_]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    crc32: npt.NDArray[np.uint32]
+
+    @classmethod
+    def of(cls, shard: Shard, entries: Sequence[Entry]) -> Part:
+        return cls(
+            shard,
+            key=np.array([e.key.encode() for e in entries], dtype=np.bytes_),
+            extension=np.array([e.extension.encode() for e in entries], dtype=np.bytes_),
+            offset=np.array([e.offset for e in entries], dtype=np.int64),
+            size=np.array([e.size for e in entries], dtype=np.int64),
+            label=np.array([e.label for e in entries], dtype=np.int64),
+            crc32=np.array([e.crc32 for e in entries], dtype=np.uint32),
+        )
+
+    def write(self, path: Path) -> None:
+        """At `path`, whole or not at all."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shard"}
+        with _replacing(path) as file:
+            np.savez(file, manifest=np.array(json.dumps(asdict(self.shard))), **columns)
+
+    @classmethod
+    def load(cls, path: Path) -> Part:
+        with np.load(path, allow_pickle=False) as archive:
+            columns = {name: archive[name] for name in archive.files}
+        return cls(Shard(**json.loads(str(columns.pop("manifest")))), **columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,17 +190,14 @@ class Index:
     # ---------------------------------------------------------------------------------------- make and keep
 
     @classmethod
-    def make(cls, folder: Path, shards: Sequence[Shard], entries: Sequence[Entry]) -> Index:
-        """`entries` shard after shard, as `shards` counts them."""
-        extensions = tuple(sorted({e.extension for e in entries}))
-        shard = np.repeat(np.arange(len(shards), dtype=np.int32), [s.samples for s in shards])
+    def make(cls, folder: Path, parts: Sequence[Part]) -> Index:
+        shards = tuple(part.shard for part in parts)
+        shard = np.repeat(np.arange(len(parts), dtype=np.int32), [s.samples for s in shards])
         is_val = np.array([s.split == "val" for s in shards], dtype=bool)[shard]
-        key = np.array([e.key.encode() for e in entries], dtype=np.bytes_)
+        extensions, extension = np.unique(np.concatenate([part.extension for part in parts]), return_inverse=True)
+        key = np.concatenate([part.key for part in parts])
         columns: dict[str, Any] = {
-            "offset": np.array([e.offset for e in entries], dtype=np.int64),
-            "size": np.array([e.size for e in entries], dtype=np.int64),
-            "label": np.array([e.label for e in entries], dtype=np.int64),
-            "crc32": np.array([e.crc32 for e in entries], dtype=np.uint32),
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("offset", "size", "label", "crc32")
         }
         digest = hashlib.sha256(f"{FORMAT}\n".encode())
         for column in (is_val, *(columns[name] for name in ("label", "size", "crc32"))):
@@ -170,12 +205,12 @@ class Index:
         digest.update(b"\n".join(key.tolist()))
         return cls(
             folder=folder,
-            shards=tuple(shards),
-            extensions=extensions,
+            shards=shards,
+            extensions=tuple(e.decode() for e in extensions.tolist()),
             sha256=digest.hexdigest(),
             key=key,
             shard=shard,
-            extension=np.array([extensions.index(e.extension) for e in entries], dtype=np.uint8),
+            extension=extension.astype(np.uint8),
             holdout_rank=_holdout_rank(key, is_val),
             **columns,
         )
@@ -190,18 +225,10 @@ class Index:
             "extensions": self.extensions,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                with zipfile.ZipFile(file, "w") as archive:
-                    _add(archive, "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-                    for column in COLUMNS:
-                        _add(archive, f"{column}.npy", getattr(self, column))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+            _add(archive, "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+            for column in COLUMNS:
+                _add(archive, f"{column}.npy", getattr(self, column))
 
     @classmethod
     def load(cls, path: Path) -> Index:
@@ -237,6 +264,20 @@ def _holdout_rank(key: npt.NDArray[np.bytes_], is_val: npt.NDArray[np.bool_]) ->
     hashes = [int.from_bytes(hashlib.sha256(k).digest()[:8], "big") for k in key[train].tolist()]
     rank[train[np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")]] = np.arange(len(train))
     return rank
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` when it is whole and on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes | npt.NDArray[Any]) -> None:

@@ -180,10 +180,10 @@ def a_cluster() -> Iterator[tuple[Cluster | None, str | None]]:
 
 def digits(folder: Path) -> tuple[Path, Path]:
     """Makes the shards of the 5,000 digits and of the few: Lab.data and Lab.few."""
-    from harness.data import shards
+    from harness.data.build import build
     from tests.tars import few
 
-    shards.build_mnist5k(folder / "mnist5k")
+    build("mnist5k", None, folder / "mnist5k")
     return folder / "mnist5k", few(folder / "mnist5k", folder / "few")
 
 

