@@ -77,7 +77,12 @@ class Data(Frozen):
     image_size: Whole = Field(ge=8, description="height and width fed to the model, pixels", examples=[28])
     channels: Literal[1, 3] = Field(3, examples=[3])
     train_samples: Whole = Field(ge=1, description="samples in the train shards, holdout included", examples=[4000])
-    holdout_samples: Whole = Field(ge=0, description="of those, kept out of training for every decision; 0: none", examples=[500])
+    holdout_per_class: Whole = Field(
+        50, ge=0, description="training images of each class that are kept out of training, for every decision; 0: none", examples=[50]
+    )
+    train_on: Literal["train", "train+holdout"] = Field(
+        "train", description="train+holdout: nothing is kept out of training, so there is no holdout to decide on"
+    )
     val_samples: Whole = Field(ge=1, description="samples of the reported split; nothing is decided on it", examples=[1000])
     mean: tuple[Number, ...] = Field(description="per channel, of pixels scaled to 0-1", examples=[[0.131]])
     std: tuple[Annotated[Number, Field(gt=0)], ...] = Field(description="per channel, as mean", examples=[[0.308]])
@@ -89,12 +94,18 @@ class Data(Frozen):
     def _consistent(self) -> Self:
         if self.holdout_samples >= self.train_samples:
             raise ValueError(
-                f"holdout_samples {self.holdout_samples} must be below train_samples {self.train_samples}; e.g. {self.train_samples // 10}"
+                f"holdout_per_class {self.holdout_per_class} of {self.num_classes} classes must be fewer than train_samples "
+                f"{self.train_samples}; e.g. {self.train_samples // self.num_classes // 10}"
             )
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(f"{key} must have {self.channels} value(s), one a channel")
         return self
+
+    @property
+    def holdout_samples(self) -> int:
+        """Of train_samples, kept out of training."""
+        return 0 if self.train_on == "train+holdout" else self.holdout_per_class * self.num_classes
 
     @property
     def trained_samples(self) -> int:

@@ -243,6 +243,8 @@ def planned(loaded: LoadedStudy, results: Mapping[str, float | None]) -> list[Pl
 def warnings(loaded: LoadedStudy) -> list[str]:
     """What is legal and probably not meant, one line each, each once."""
     lines = [line for p in planned(loaded, {}) if p.trial is not None for line in schedule.warnings(p.trial)]
-    if loaded.workload.data.holdout_samples == 0 and loaded.study.finalists is not None:
-        lines.append("workload.data.holdout_samples: 0, so finalists cannot be chosen; e.g. a tenth of train_samples")
+    data = loaded.workload.data
+    if data.holdout_samples == 0 and loaded.study.finalists is not None:
+        key, value = ("train_on", "train") if data.train_on != "train" else ("holdout_per_class", "50")
+        lines.append(f"workload.data.{key}: {getattr(data, key)}, so there is no holdout and finalists cannot be chosen; e.g. {value}")
     return list(dict.fromkeys(lines))

@@ -12,7 +12,7 @@ from PIL import Image
 
 SIZE, CLASSES, TRAIN, HOLDOUT, VAL, BATCH = 8, 4, 128, 20, 25, 24
 DATA = {
-    "name": "small", "num_classes": CLASSES, "image_size": SIZE, "channels": 1, "train_samples": TRAIN, "holdout_samples": HOLDOUT,
+    "name": "small", "num_classes": CLASSES, "image_size": SIZE, "channels": 1, "train_samples": TRAIN, "holdout_per_class": HOLDOUT // CLASSES,
     "val_samples": VAL, "mean": [0.5], "std": [0.3],
 }  # fmt: skip
 """of a workload over the shards of `small`, but its path"""

@@ -8,7 +8,7 @@ from harness.config import Trial, parse
 
 DATA = {
     "name": "mnist5k", "path": "data/mnist5k", "num_classes": 10, "image_size": 28, "channels": 1,
-    "train_samples": 4000, "holdout_samples": 500, "val_samples": 1000, "mean": [0.1315], "std": [0.3087],
+    "train_samples": 4000, "holdout_per_class": 50, "val_samples": 1000, "mean": [0.1315], "std": [0.3087],
 }  # fmt: skip
 
 

@@ -25,8 +25,11 @@ from harness.config import BadInput, Data
 
 NAME = "index.npz"
 FORMAT = "wrbench shard index"
-VERSION = 1
+VERSION = 2
 COLUMNS = ("key", "shard", "offset", "size", "extension", "label", "crc32", "holdout_rank")
+
+NEVER = 2**31 - 1
+"""the place in the holdout order of an image that is not a candidate"""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -60,6 +63,8 @@ class Entry:
     label: int
     crc32: int
     """of the image's bytes"""
+    digest: int
+    """64 bits of the BLAKE2b of the image's bytes: equal where images are, and the order of the holdout"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +75,10 @@ class Part:
     key: npt.NDArray[np.bytes_]
     extension: npt.NDArray[np.bytes_]
     offset: npt.NDArray[np.int64]
-    size: npt.NDArray[np.int64]
-    label: npt.NDArray[np.int64]
+    size: npt.NDArray[np.uint32]
+    label: npt.NDArray[np.int32]
     crc32: npt.NDArray[np.uint32]
+    digest: npt.NDArray[np.uint64]
 
     @classmethod
     def of(cls, shard: Shard, entries: Sequence[Entry]) -> Part:
@@ -81,9 +87,10 @@ class Part:
             key=np.array([e.key.encode() for e in entries], dtype=np.bytes_),
             extension=np.array([e.extension.encode() for e in entries], dtype=np.bytes_),
             offset=np.array([e.offset for e in entries], dtype=np.int64),
-            size=np.array([e.size for e in entries], dtype=np.int64),
-            label=np.array([e.label for e in entries], dtype=np.int64),
+            size=np.array([e.size for e in entries], dtype=np.uint32),
+            label=np.array([e.label for e in entries], dtype=np.int32),
             crc32=np.array([e.crc32 for e in entries], dtype=np.uint32),
+            digest=np.array([e.digest for e in entries], dtype=np.uint64),
         )
 
     def write(self, path: Path) -> None:
@@ -112,22 +119,31 @@ class Index:
     key: npt.NDArray[np.bytes_]
     shard: npt.NDArray[np.int32]
     offset: npt.NDArray[np.int64]
-    size: npt.NDArray[np.int64]
+    size: npt.NDArray[np.uint32]
     extension: npt.NDArray[np.uint8]
-    label: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int32]
     crc32: npt.NDArray[np.uint32]
-    holdout_rank: npt.NDArray[np.int64]
-    """train samples: place in the order of the SHA-256 of their keys; -1 for val"""
+    holdout_rank: npt.NDArray[np.int32]
+    """train samples: place among those of the same label, in the order of a hash of the image's bytes; NEVER for an image
+    that occurs several times, so that duplicates stay on one side; -1 for val"""
 
     # ------------------------------------------------------------------------------------------------ views
 
-    def train(self, holdout_samples: int) -> IntArray:
-        """Numbers of the samples trained on, ascending: all of train but the first `holdout_samples` of the holdout order."""
-        return np.flatnonzero(self.holdout_rank >= holdout_samples)
+    def train(self, data: Data) -> IntArray:
+        """Numbers of the samples trained on, ascending: all of train but the holdout."""
+        return np.flatnonzero((self.holdout_rank >= 0) & ~self._held_out(data))
 
-    def holdout(self, samples: int) -> IntArray:
-        """Numbers of the holdout, ascending. A larger holdout contains every smaller one."""
-        return np.flatnonzero((self.holdout_rank >= 0) & (self.holdout_rank < samples))
+    def holdout(self, data: Data) -> IntArray:
+        """Numbers of the holdout, ascending: of each class the first data.holdout_per_class in the holdout order.
+
+        It depends on the images alone, not on keys or packing, and a larger holdout contains every smaller one.
+        """
+        return np.flatnonzero(self._held_out(data))
+
+    def _held_out(self, data: Data) -> npt.NDArray[np.bool_]:
+        per_class = data.holdout_per_class if data.train_on == "train" else 0
+        is_class = (self.label >= 0) & (self.label < data.num_classes)
+        return is_class & (self.holdout_rank >= 0) & (self.holdout_rank < per_class)
 
     def val(self) -> IntArray:
         """Numbers of the reported split, ascending."""
@@ -145,18 +161,21 @@ class Index:
         A label outside the classes is left to the reader where data.on_corrupt lets it be substituted: in training.
         """
         lines = self.changed_files()
-        trained = self.train(data.holdout_samples)
+        trained = self.train(data)
         for key, samples, split in (("train_samples", data.train_samples, "train"), ("val_samples", data.val_samples, "val")):
             held = sum(s.samples for s in self.shards if s.split == split)
             if held != samples:
                 lines.append(f"workload.data.{key}: {samples}, but {self.folder} holds {held}; write {held}, or another path")
         inside = (self.label >= 0) & (self.label < data.num_classes)
-        classes = len(np.unique(self.label[inside & (self.holdout_rank >= 0)]))
+        counts = np.bincount(self.label[inside & (self.holdout_rank >= 0)], minlength=data.num_classes)
+        classes = int((counts > 0).sum())
         if classes != data.num_classes:
             lines.append(
                 f"workload.data.num_classes: {data.num_classes}, but {self.folder} has training samples of only {classes} of the "
                 f"labels 0..{data.num_classes - 1}; give the number of classes of this data"
             )
+        elif (short := self._too_few(data, counts)) is not None:
+            lines.append(short)
         if data.on_corrupt == "substitute":
             inside[trained] = True
         outside = np.flatnonzero(~inside)
@@ -165,6 +184,19 @@ class Index:
             lines.append(f"{self.label_fault(int(outside[0]), data.num_classes)}{more}")
         if lines:
             raise BadInput("\n".join(lines))
+
+    def _too_few(self, data: Data, counts: IntArray) -> str | None:
+        """Says so when a class has too few different images for its holdout, and at least one more to train on."""
+        held = np.bincount(self.label[self.holdout(data)], minlength=data.num_classes)
+        wanted = data.holdout_samples // data.num_classes
+        short = np.flatnonzero((held < wanted) | (held == counts))
+        if not len(short):
+            return None
+        label = int(short[0])
+        return (
+            f"workload.data.holdout_per_class: {wanted}, but class {label} of {self.folder} has {counts[label]} training images, "
+            f"of which {held[label]} can be held out; e.g. {int(min(held.min(), (counts - 1).min()))}"
+        )
 
     def label_fault(self, number: int, num_classes: int) -> str:
         return (
@@ -211,7 +243,7 @@ class Index:
             key=key,
             shard=shard,
             extension=extension.astype(np.uint8),
-            holdout_rank=_holdout_rank(key, is_val),
+            holdout_rank=_holdout_rank(columns["label"], np.concatenate([part.digest for part in parts]), is_val),
             **columns,
         )
 
@@ -258,11 +290,14 @@ class Index:
         )
 
 
-def _holdout_rank(key: npt.NDArray[np.bytes_], is_val: npt.NDArray[np.bool_]) -> IntArray:
-    rank = np.full(len(key), -1, dtype=np.int64)
-    train = np.flatnonzero(~is_val)
-    hashes = [int.from_bytes(hashlib.sha256(k).digest()[:8], "big") for k in key[train].tolist()]
-    rank[train[np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")]] = np.arange(len(train))
+def _holdout_rank(label: npt.NDArray[np.int32], digest: npt.NDArray[np.uint64], is_val: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    rank = np.full(len(label), -1, dtype=np.int32)
+    rank[~is_val] = NEVER
+    _, image, occurs = np.unique(digest, return_inverse=True, return_counts=True)
+    candidates = np.flatnonzero(~is_val & (occurs[image] == 1))
+    ordered = candidates[np.lexsort((digest[candidates], label[candidates]))]
+    _, starts, counts = np.unique(label[ordered], return_index=True, return_counts=True)
+    rank[ordered] = np.arange(len(ordered)) - np.repeat(starts, counts)
     return rank
 
 

@@ -62,11 +62,11 @@ class DataSet:
     def __init__(self, index: Index, data: Data) -> None:
         self.index = index
         self._reader = _Reader(index, data)
-        trained = index.train(data.holdout_samples)
+        trained = index.train(data)
         self._substitutes = _Substitutes(self._reader, trained)
         load = self._substitutes if data.on_corrupt == "substitute" else self._reader
         self.train = View(trained, load)
-        self.holdout = View(index.holdout(data.holdout_samples), self._reader)
+        self.holdout = View(index.holdout(data), self._reader)
         self.val = View(index.val(), self._reader)
         self.pixels = data.channels * data.image_size**2
         """bytes of one decoded image"""
@@ -84,7 +84,7 @@ class DataSet:
         A function of the data alone, not of seed or arm. All of `train` when it has fewer.
         """
         ranks = self.index.holdout_rank[self.train.numbers]
-        return self.train.part(np.sort(np.argsort(ranks)[:samples]))
+        return self.train.part(np.sort(np.argsort(ranks, kind="stable")[:samples]))
 
 
 def open_data(data: Data) -> DataSet:

@@ -47,6 +47,12 @@ class Sample:
 
     def label(self) -> int:
         """The integer in its .cls as text, else in its .json; ValueError when there is none."""
+        label = self._label()
+        if not -(2**31) <= label < 2**31:
+            raise ValueError(f"label {label} is no number of a class")
+        return label
+
+    def _label(self) -> int:
         text = self.content.get("cls")
         if text is None:
             about = self.about()
@@ -78,7 +84,9 @@ class Sample:
         image = self.content[extension]
         if not self.key.isprintable():  # bytes that are not UTF-8 among them
             raise ValueError("its name is not printable text")
-        return Entry(self.key, extension, self.offset[extension], len(image), self.label(), zlib.crc32(image))
+        if len(image) >= 2**32:
+            raise ValueError(f"its image of {len(image)} bytes is too large")
+        return Entry(self.key, extension, self.offset[extension], len(image), self.label(), zlib.crc32(image), digest(image))
 
 
 def members(file: BinaryIO) -> Generator[tarfile.TarInfo, None, None]:
@@ -140,6 +148,11 @@ def scan(path: Path, name: str, split: str) -> tuple[Part, set[str]]:
             raise CorruptSample(f"{path}: sample {plain(sample.key)}: {error}") from None
         pickled |= sample.pickled()
     return Part.of(Shard(name, split, len(entries), path.stat().st_size, sha256(path)), entries), pickled
+
+
+def digest(image: bytes) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest())
 
 
 def plain(key: str) -> str:

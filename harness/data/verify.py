@@ -5,7 +5,6 @@ Shards are read in processes, each by itself; what is kept of a sample to compar
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from harness.data.decode import decode, kind
 from harness.data.index import NAME, Entry, Index, IntArray, Shard
 from harness.data.parallel import each
 from harness.data.shards import Progress, locate, pickled_members, silent, split_of
-from harness.data.tars import Sample, plain, samples, sha256
+from harness.data.tars import Sample, digest, plain, samples, sha256
 
 Severity = Literal["fault", "warning"]
 
@@ -153,7 +152,7 @@ class _Reading:
         self._compare_file()
         whole = self._samples()
         self.read.keys = np.array([key for key, _, _ in whole], dtype=np.bytes_)
-        self.read.key_hashes = np.array([_hash(key) for key, _, _ in whole], dtype=np.uint64)
+        self.read.key_hashes = np.array([digest(key) for key, _, _ in whole], dtype=np.uint64)
         self.read.images = np.array([image for _, image, _ in whole], dtype=np.uint64)
         self.read.labels = np.array([label for _, _, label in whole], dtype=np.int64)
 
@@ -190,7 +189,7 @@ class _Reading:
                 self._compare_sample(entry)
                 self._decode(entry, image)
                 self._compare_json(sample, entry.label)
-                whole.append((entry.key.encode(), _hash(image), entry.label))
+                whole.append((entry.key.encode(), entry.digest, entry.label))
         except BadInput as error:
             lost = [key for key, rows in self._left.items() if rows]
             what = f"{len(lost)} samples lost: {_few(lost)}" if lost else f"the last whole sample is {last}"
@@ -230,10 +229,6 @@ class _Reading:
             return
         if isinstance(other, int) and other != label:
             self._found("fault", sample.key, f"mislabelled: {label} in .cls, {other} in .json")
-
-
-def _hash(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
 # ---------------------------------------------------------------------------------------------- all together

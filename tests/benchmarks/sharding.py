@@ -49,7 +49,7 @@ NEEDED = 50
 
 def make(net: str, backend: Backend, optimizer: str, batch: int, pixels: int = 32) -> Trial:
     block, decay = OPTIMIZERS[optimizer]
-    data = {"channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "image_size": pixels, "num_classes": 1000}
+    data = {"channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "image_size": pixels, "num_classes": 1000, "holdout_per_class": 0}
     if net in LINEAR:
         data |= {"image_size": IMAGE_SIZE, "num_classes": 10}
     return trial(

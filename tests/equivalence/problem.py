@@ -91,7 +91,7 @@ def make(course: Course, arm: str, backend: Backend, precision: str = "fp32", **
     return trial(
         arm=arm.replace(" ", "-"),
         model="mnist5k_cnn_bn",
-        data={"image_size": SIZE, "train_samples": course.cycle * GLOBAL_BATCH, "holdout_samples": 0, "val_samples": EVALUATED},
+        data={"image_size": SIZE, "train_samples": course.cycle * GLOBAL_BATCH, "holdout_per_class": 0, "val_samples": EVALUATED},
         recipe={"clip_norm": CLIP_NORM, "norm_batch_size": NORM_BATCH, "precision": precision} | recipe,
         optimizer=optimizer,
         decay=decay | {"exempt_1d": exempt},

@@ -29,7 +29,7 @@ from tests.unit.test_optim import control, reference_lambda
 
 SGDW = {"optimizer": {"name": "sgd", "lr": 0.05}, "decay": {"name": "decoupled", "weight_decay": 0.1, "normalised": True}}
 ADAMW = {"optimizer": {"name": "adam", "lr": 0.003}, "decay": {"name": "decoupled", "weight_decay": 0.1, "normalised": True}}
-FEW = {"name": "few", "train_samples": 800, "holdout_samples": 100, "val_samples": 200}
+FEW = {"name": "few", "train_samples": 800, "holdout_per_class": 10, "val_samples": 200}
 
 
 def small(path: Path, **over: Any) -> Trial:

@@ -67,7 +67,10 @@ SUPPORTED = (
             {"model": "mnist5k_cnn_bn", "recipe": {"norm_batch_size": 32}},
             "workload.recipe.norm_batch_size: 32 must divide budget.global_batch_size, 100; e.g. 25",
         ),
-        ({"data": {"holdout_samples": 4000}}, "workload.data.holdout_samples 4000 must be below train_samples 4000; e.g. 400"),
+        (
+            {"data": {"holdout_per_class": 400}},
+            "workload.data.holdout_per_class 400 of 10 classes must be fewer than train_samples 4000; e.g. 40",
+        ),
         ({"cats": 1}, "cats: unknown key; valid: arm, backend, budget"),
         ({"schedule": "cosine"}, "schedule: 'cosine' must be a valid dictionary"),
     ],

@@ -67,7 +67,7 @@ def test_batches_against_a_slow_reading_of_the_tars(folder, mode):
     trial = a_trial(folder, seed=3, recipe={"translate": 2, "flip": True})
     dataset = loader.open_data(trial.workload.data)
     index, per_epoch, n = dataset.index, schedule.steps_per_epoch(trial), trial.workload.data.trained_samples
-    trained = index.train(tars.HOLDOUT)
+    trained = index.train(trial.workload.data)
     for step, (images, labels) in enumerate(steps(dataset, trial, stop=2 * per_epoch)):
         assert images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
         assert images.shape == (tars.BATCH, 1, tars.SIZE, tars.SIZE) and labels.shape == (tars.BATCH,)
@@ -167,7 +167,8 @@ def test_train_eval_is_a_fixed_clean_part_of_what_is_trained_on(folder, mode):
     dataset = loader.open_data(data(folder))
     index, rank = dataset.index, dataset.index.holdout_rank
     part = dataset.train_eval(30)
-    assert sorted(rank[part.numbers].tolist()) == list(range(tars.HOLDOUT, tars.HOLDOUT + 30))
+    ranks = sorted(rank[dataset.train.numbers].tolist())
+    assert sorted(rank[part.numbers].tolist()) == ranks[:30] and ranks[0] == tars.HOLDOUT // tars.CLASSES
     ((images, labels),) = loader.eval_batches(part, 0, 1, 100)
     assert (images.numpy() == np.stack([decode(_content(index, number), 1) for number in part.numbers])).all()
     assert labels.tolist() == index.label[part.numbers].tolist()
@@ -175,7 +176,7 @@ def test_train_eval_is_a_fixed_clean_part_of_what_is_trained_on(folder, mode):
 
 
 def test_without_a_holdout_every_sample_is_trained_on(folder):
-    dataset = loader.open_data(data(folder, holdout_samples=0))
+    dataset = loader.open_data(data(folder, holdout_per_class=0))
     assert (len(dataset.train), len(dataset.holdout)) == (128, 0)
     assert list(loader.eval_batches(dataset.holdout, 0, 1, 10)) == []
 
@@ -194,7 +195,7 @@ def test_jpeg_and_png_grey_and_colour(tmp_path, mode, channels):
         tars.write(tmp_path / f"{split}-0.tar", members)
     shards.index_shards(tmp_path)
     stats = {"mean": [0.5] * channels, "std": [0.3] * channels}
-    over = {"num_classes": 2, "train_samples": 4, "holdout_samples": 0, "val_samples": 4, "channels": channels, **stats}
+    over = {"num_classes": 2, "train_samples": 4, "holdout_per_class": 0, "val_samples": 4, "channels": channels, **stats}
     ((images, _),) = loader.eval_batches(loader.open_data(data(tmp_path, **over)).val, 0, 1, 4)
     luma = (smooth @ np.array([0.299, 0.587, 0.114])).round()
     for image, source in zip(images.numpy().astype(int), (smooth, grey, smooth, grey), strict=True):
@@ -219,7 +220,7 @@ def damage(folder, key):
 
 def trained_keys(folder):
     index = Index.load(folder)
-    return [index.key[n].decode() for n in index.train(tars.HOLDOUT)]
+    return [index.key[n].decode() for n in index.train(data(folder))]
 
 
 def read_everything(dataset, trial):
@@ -283,7 +284,7 @@ def test_a_label_outside_the_classes(folder, mode):
 def test_nothing_is_substituted_in_holdout_and_val(folder, mode, over):
     index = Index.load(folder)
     trial = a_trial(folder, **over)
-    held_out = index.key[index.holdout(tars.HOLDOUT)[3]].decode()
+    held_out = index.key[index.holdout(trial.workload.data)[3]].decode()
     for key in ("v007", held_out):
         tars.small(folder)
         damage(folder, key)

@@ -68,13 +68,62 @@ def test_index_says_what_the_tars_hold(folder):
     assert loaded.label.tolist() == [i % 4 for i in range(128)] + [i % 4 for i in range(25)]
 
 
-def test_holdout_is_a_nested_view_in_the_order_of_the_hashed_keys(indexed):
+def image_of(index, number):
+    shard = (index.folder / index.shards[index.shard[number]].name).read_bytes()
+    return shard[index.offset[number] : index.offset[number] + index.size[number]]
+
+
+def test_holdout_is_the_same_share_of_each_class_by_a_hash_of_the_images(indexed):
+    """Against the slow and obvious way, for several sizes; a larger holdout contains every smaller one."""
     index = Index.load(indexed)
-    by_hash = sorted(range(128), key=lambda n: hashlib.sha256(index.key[n]).digest()[:8])
-    for samples in (0, 1, 20, 127):
-        assert index.holdout(samples).tolist() == sorted(by_hash[:samples])
-        assert index.train(samples).tolist() == sorted(by_hash[samples:])
+    by_hash = sorted(range(128), key=lambda n: hashlib.blake2b(image_of(index, n), digest_size=8).digest())
+    for per_class in (0, 1, 5, 31):
+        expected = sorted(n for label in range(4) for n in [n for n in by_hash if index.label[n] == label][:per_class])
+        described = data(holdout_per_class=per_class)
+        assert index.holdout(described).tolist() == expected
+        assert index.train(described).tolist() == sorted(set(range(128)) - set(expected))
+        assert len(expected) == described.holdout_samples and 128 - len(expected) == described.trained_samples
+    both = data(train_on="train+holdout")
+    assert index.train(both).tolist() == list(range(128)) and not len(index.holdout(both))
+    assert both.trained_samples == 128
     assert index.val().tolist() == list(range(128, 153))
+
+
+def test_holdout_does_not_depend_on_keys_and_packing(indexed, tmp_path):
+    index = Index.load(indexed)
+    held = {image_of(index, n) for n in index.holdout(data())}
+    samples = [(f"other{i}", {"png": image_of(index, i), "cls": str(index.label[i]).encode()}) for i in reversed(range(128))]
+    for i in range(3):
+        tars.write(tmp_path / "packed" / f"train-{i}.tar", samples[i::3])
+    packed = shards.index_shards(tmp_path / "packed")
+    assert {image_of(packed, n) for n in packed.holdout(data())} == held
+
+
+@pytest.mark.parametrize("twin", ["of its class", "of another class", "in val"])
+def test_duplicates_are_on_one_side(folder, twin):
+    """An image that would be held out, and occurs once more: neither is, and another takes its place."""
+    before = shards.index_shards(folder)
+    first = int(before.holdout(data())[0])
+    label = int(before.label[first])
+    trained = [int(n) for n in before.train(data()) if (before.label[n] == label) == (twin == "of its class")]
+    number = 130 if twin == "in val" else trained[-1]
+    shard = folder / before.shards[before.shard[number]].name
+    tars.replace(shard, before.key[number].decode(), png=image_of(before, first))
+    after = shards.index_shards(folder)
+    held = after.holdout(data()).tolist()
+    assert first not in held and number not in held and len(held) == tars.HOLDOUT
+    assert np.bincount(after.label[held]).tolist() == [5, 5, 5, 5]
+    assert first in after.train(data()) and (number in after.train(data())) == (twin != "in val")
+
+
+def test_a_class_with_too_few_images(folder):
+    index = shards.index_shards(folder)
+    index.check(data(holdout_per_class=31))
+    said = "workload.data.holdout_per_class: 32, but class 0 of"
+    held = Data.model_construct(**(data().model_dump() | {"holdout_per_class": 32}))
+    assert said in one_line(index.check, held) and "has 32 training images, of which 32 can be held out; e.g. 31" in one_line(
+        index.check, held
+    )
 
 
 def test_identity_is_of_the_samples_and_not_of_the_packing(folder, tmp_path):
@@ -290,8 +339,8 @@ def test_what_cannot_be_loaded_as_an_index(indexed, folder, tmp_path):
     with zipfile.ZipFile(io.BytesIO(good)) as old, zipfile.ZipFile(file, "w") as new:
         for name in old.namelist():
             content = old.read(name)
-            new.writestr(name, content.replace(b'"version": 1', b'"version": 0') if name == "manifest.json" else content)
-    assert "index version 0, this wrbench reads 1" in one_line(Index.load, folder)
+            new.writestr(name, content.replace(b'"version": 2', b'"version": 0') if name == "manifest.json" else content)
+    assert "index version 0, this wrbench reads 2" in one_line(Index.load, folder)
 
 
 def test_check_holds_the_workload_against_the_shards(indexed):
@@ -319,7 +368,7 @@ def test_check_leaves_only_training_labels_to_substitution(folder):
     tars.replace(folder / "train-000000.tar", "t005", cls=b"9")
     shards.index_shards(folder)
     assert "train-000000.tar: sample t005: label 9 is outside 0..3" in one_line(Index.load(folder).check, data())
-    assert 5 not in Index.load(folder).holdout(tars.HOLDOUT)
+    assert 5 not in Index.load(folder).holdout(data())
     Index.load(folder).check(data(on_corrupt="substitute"))
     tars.replace(folder / "val-000000.tar", "v001", cls=b"-1")
     shards.index_shards(folder)

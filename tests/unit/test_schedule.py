@@ -103,7 +103,7 @@ def test_warm_up_scales_eta_only_and_moves_no_cycle_end() -> None:
 
 
 def test_steps_per_epoch_is_floored_and_training_excludes_the_holdout() -> None:
-    t = trial(data={"holdout_samples": 450}, budget={"epochs": 2.5, "global_batch_size": 100})
+    t = trial(data={"holdout_per_class": 45}, budget={"epochs": 2.5, "global_batch_size": 100})
     assert (s.steps_per_epoch(t), s.total_steps(t)) == (35, 88)
 
 

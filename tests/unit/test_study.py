@@ -59,7 +59,8 @@ def test_the_id_is_the_same_for_ever_and_in_every_process() -> None:
         {"budget": {"epochs": 7, "global_batch_size": 50}},
         {"recipe": {"label_smoothing": 0.1}},
         {"recipe": {"precision": "bf16"}},
-        {"data": {"holdout_samples": 400}},
+        {"data": {"holdout_per_class": 40}},
+        {"data": {"train_on": "train+holdout"}},
         {"data": {"name": "other"}},
     ],
 )
@@ -166,7 +167,7 @@ def test_seed_0_of_every_arm_sees_the_same_data_and_initial_weights_by_construct
         ("budget=5", "budget: 5 must be"),
         ("..=3", "must be KEY=VALUE with a dotted key"),
         ("workload=imagenet", "workload: 'imagenet' is not in configs/workload; valid: mnist5k_cnn"),
-        ("workload.data.holdout_samples=9999", "data.holdout_samples 9999 must be below train_samples 4000"),
+        ("workload.data.holdout_per_class=400", "data.holdout_per_class 400 of 10 classes must be fewer than train_samples 4000; e.g. 40"),
         ("budget.epoch=3", "budget.epoch: unknown key; did you mean 'epochs'?"),
         ("ranks=3", "budget.global_batch_size: 100 is not divisible by 3 ranks; e.g. 2 or 4 rank(s), or a batch of 99 or 102"),
         ("search.points=null", "search.points: missing; arm AdamWR has a space to search; e.g. 8"),
