@@ -35,8 +35,6 @@ from harness.data.sources import Request, Source, Where, open_source
 BUILT = "build.json"
 """what `build` writes beside its shards: by it a later build knows its own output"""
 VERSION = 2
-IMAGENET = 1_281_167
-"""training images, for the projection"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,9 @@ def build(
         _sync(shards)
         os.rename(shards, out)  # noqa: PTH104 - takes the place of an empty folder, and of nothing else
         _sync(out.parent)
-    took = f"; {rate:.0f} images/s, {IMAGENET:,} would take {IMAGENET / rate / 3600:.1f} h" if new else ""
+    took = f"; {rate:.0f} images/s" if new else ""
+    if new >= 1000:  # fewer say nothing but how long processes take to start
+        took += f", 1.28 million like these would take {1.28e6 / rate / 3600:.1f} h"
     return f"{out}: built {_summary(index)}{took}"
 
 

@@ -13,6 +13,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -206,18 +207,19 @@ class Index:
 
     def changed_files(self) -> list[str]:
         """A line for every shard that is missing or whose size is not the indexed one."""
-        lines = []
-        for shard in self.shards:
-            path = self.folder / shard.name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                lines.append(f"{path}: {error.strerror or error}, but it is in the index; restore it or index again")
-                continue
-            if size != shard.bytes:
-                what = "truncated" if size < shard.bytes else "changed since it was indexed"
-                lines.append(f"{path}: {what}: {size} bytes, {shard.bytes} in the index; restore it, or see: wrbench shards verify")
-        return lines
+        with ThreadPoolExecutor(16) as threads:  # a network filesystem answers each in its own time
+            return [line for line in threads.map(self._changed, self.shards) if line is not None]
+
+    def _changed(self, shard: Shard) -> str | None:
+        path = self.folder / shard.name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            return f"{path}: {error.strerror or error}, but it is in the index; restore it or index again"
+        if size == shard.bytes:
+            return None
+        what = "truncated" if size < shard.bytes else "changed since it was indexed"
+        return f"{path}: {what}: {size} bytes, {shard.bytes} in the index; restore it, or see: wrbench shards verify"
 
     # ---------------------------------------------------------------------------------------- make and keep
 

@@ -105,7 +105,7 @@ def test_images_are_stored_as_they_are(kind, tmp_path):
     """Every image of the source once, byte by byte, under the label of its class in sorted order; order mixed by the seed."""
     images, out = encoded_source(kind, tmp_path / "src"), tmp_path / "out"
     said = build(kind, tmp_path / "src", out, Options(shard_samples=5))
-    assert "images/s, 1,281,167 would take" in said
+    assert said.endswith(" images/s")
     samples = {split: read(out, split) for split in ("train", "val")}
     found = {s["__key__"]: s for split in samples.values() for s in split}
     assert found.keys() == images.keys() and sum(map(len, samples.values())) == len(images)
