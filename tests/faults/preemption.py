@@ -172,8 +172,8 @@ def left_behind(cluster: Cluster, pairs: Sequence[Pair], seconds: float = 10) ->
 @fault("preemptions at random steps, USR2 heard", slurm=True)
 def heard(lab: Lab) -> Iterator[Row]:
     """Thorough: all trials at a time, on eight nodes, slow enough that each trains for a minute. Else: two, on the cluster's four."""
-    chosen, times, epochs = (PAIRS, 5, 24) if lab.thorough else (PAIRS[:2], 1, 6)
-    pace = "*=pace@80" if lab.thorough else "*=pace@1"
+    chosen, times, epochs = (PAIRS, 5, 12) if lab.thorough else (PAIRS[:2], 1, 6)
+    pace = "*=pace@150" if lab.thorough else "*=pace@1"
     with lab.another_cluster(nodes=8) if lab.thorough else nullcontext(lab.cluster) as cluster:
         pairs = []
         for number, (backend, arm) in enumerate(chosen):
