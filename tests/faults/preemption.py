@@ -206,11 +206,11 @@ def heard(lab: Lab) -> Iterator[Row]:
 
 @fault("preemption where only TERM comes, and KILL with no warning", slurm=True)
 def otherwise(lab: Lab) -> Iterator[Row]:
-    times, epochs = (3, 20) if lab.thorough else (1, 6)
+    times, epochs = (3, 10) if lab.thorough else (1, 6)
     with lab.another_cluster(preempt_send_user_signal=False, grace_seconds=30, nodes=8 if lab.thorough else 4) as cluster:
         abrupt = ["PartitionName=abrupt", "Nodes=ALL", "PriorityTier=1", "PreemptMode=REQUEUE", "GraceTime=0"]
         subprocess.run(["scontrol", "create", *abrupt], check=True, capture_output=True, timeout=60)
-        python = f"{PYTHON} *=pace@{20 if lab.thorough else 1}"
+        python = f"{PYTHON} *=pace@{60 if lab.thorough else 1}"
         kinds: dict[str, dict[str, Any]] = {
             "only TERM": WHOLE_GPUS | {"python": python},
             "only KILL": WHOLE_GPUS | {"python": DEAF + python, "partition": "abrupt"},
@@ -310,10 +310,10 @@ def _in_mlflow(pair: Pair) -> str:
 def none(lab: Lab) -> Iterator[Row]:
     """The same study on SLURM and by the local executor at the same time, four ranks a trial."""
     document: dict[str, Any] = {
-        "arms": ARMS, "backend": BACKENDS["deepspeed"], "ranks": 4, "budget": {"epochs": 3 if lab.thorough else 1},
+        "arms": ARMS, "backend": BACKENDS["deepspeed"], "ranks": 4, "budget": {"epochs": 2 if lab.thorough else 1},
     }  # fmt: skip
     if lab.thorough:
-        document |= {"search": {"seeds": 2}, "finalists": {"top": 1, "seeds": 2}}
+        document |= {"finalists": {"top": 1, "seeds": 2}}
     there, here = (Study(lab.folder / name, lab.data, {"time_minutes": 30}, **document) for name in ("slurm", "local"))
     here.cluster.write_text(yaml.safe_dump({"executor": "local", "ranks": 4}))
     locally = here.start("submit")
