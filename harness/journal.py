@@ -118,13 +118,12 @@ def glance(path: Path) -> Iterator[dict[str, Any]]:
     """
     raw, kept, newest = _text(path).splitlines(), set[int](), dict[tuple[bytes, bool], int]()
     for number, line in enumerate(raw):
-        if not (attempt := _ATTEMPT.search(line)) or not line.endswith(b"}"):  # torn
-            continue
         if b'"event"' in line:
             kept.update((number, *newest.values()))
-        elif b'"anytime/' in line:
-            kept.add(number)
-        newest[attempt[1], b'"time/train_seconds"' in line] = number
+        elif line.endswith(b"}}") and (attempt := _ATTEMPT.search(line)):  # whole
+            if b'"anytime/' in line:
+                kept.add(number)
+            newest[attempt[1], b'"time/train_seconds"' in line] = number
     return lines(b"\n".join(raw[number] for number in sorted(kept.union(newest.values()))))
 
 
