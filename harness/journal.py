@@ -114,7 +114,7 @@ def glance(path: Path) -> Iterator[dict[str, Any]]:
     """Of the lines of a journal those that say where the trial stands, in a tenth of the time that all take.
 
     Every event and every evaluation's answer, and before each event, and at the end, the newest line of each attempt and
-    the newest with its clock. `fold` makes the same Record of them as of the whole journal, but for other points.
+    the newest with its clock. `fold` makes the same Record of them as of the whole journal, but for points other than anytime/*.
     """
     raw, kept, newest = _text(path).splitlines(), set[int](), dict[tuple[bytes, bool], int]()
     for number, line in enumerate(raw):
