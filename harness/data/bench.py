@@ -47,7 +47,7 @@ class Speed:
         yield f"{self.threads} thread(s): {self.images_per_second:.0f} images/s, {1000 * self.cpu_seconds:.2f} ms of CPU an image"
         cores, wanted = len(os.sched_getaffinity(0)), gpus * gpu_rate
         yield (
-            f"{gpus} GPU(s) of {gpu_rate:g} images/s take {wanted:g} images/s: {wanted * self.cpu_seconds:.1f} cores like these, "
+            f"{gpus} GPU(s) of {gpu_rate:g} images/s take {wanted:g} images/s: {wanted * self.cpu_seconds:.3g} cores like these, "
             f"or {wanted / cores:.0f} images/s a core from the {cores} here, which give {1 / self.cpu_seconds:.0f}"
         )
 

@@ -37,7 +37,7 @@ def samples(count: int | None = None, seed: int = 0, odd: bool = False) -> Itera
     for number in range(SAMPLES if count is None else count):
         rng = np.random.default_rng([seed, number])
         image = _photograph(rng)
-        content = next(kinds)(image) if odd and number % 10 == 3 else _jpeg(image, int(rng.integers(86, 98)), int(rng.integers(0, 2)) * 2)
+        content = next(kinds)(image) if odd and number % 10 == 3 else _jpeg(image, int(rng.integers(87, 99)), int(rng.integers(0, 2)) * 2)
         split = "val" if number % 5 == 4 else "train"
         yield Sample(split, f"{split}_{number:08d}", int(rng.integers(CLASSES)), content)
 
@@ -60,7 +60,7 @@ def _photograph(rng: np.random.Generator) -> Image.Image:
     image = whole.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    noise = rng.standard_normal((height, width, 1), dtype=np.float32) * rng.uniform(2, 10)
+    noise = rng.standard_normal((height, width, 1), dtype=np.float32) * rng.uniform(3, 13)
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 

@@ -8,7 +8,7 @@ from sklearn.datasets import load_sample_image
 
 from harness import schedule
 from harness.config import BadInput
-from harness.data import decode, fixture, loader, order, shards
+from harness.data import bench, decode, fixture, loader, order, shards
 from harness.data.index import CorruptSample, Index
 from tests import tars
 from tests.trials import trial as resolved
@@ -212,3 +212,11 @@ def test_a_substitute_is_the_same_whatever_the_ranks_threads_and_decoder(photogr
     monkeypatch.setattr(loader, "SUBSTITUTED_SHARE", 0.03)
     with pytest.raises(CorruptSample, match="over the limit of 3%"):
         steps(trial)
+
+
+def test_the_bench_says_what_is_spent_where_and_what_it_feeds(photographs):
+    speed = bench.measure(photographs, SIZE, seconds=0.3, threads=1)
+    assert speed.samples == TRAIN and min(speed.reading, speed.decoding, speed.resizing, speed.images_per_second, speed.cpu_seconds) > 0
+    whole, staged, threads, needed = speed.lines(gpus=4, gpu_rate=100)
+    assert whole.startswith("62 samples of ") and "reading" in staged and "decoding" in staged and "resizing" in staged
+    assert threads.startswith("1 thread(s): ") and needed.startswith("4 GPU(s) of 100 images/s take 400 images/s: ")
