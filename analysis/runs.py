@@ -278,7 +278,7 @@ def _standing(run: Run | None, folder: TrialFolder | None, answer: float | None)
     if folder is None:
         return _Standing(run.state if run else "pending", None, None, attempts)
     own = folder.state()
-    found = own.metrics.get("anytime/holdout_top1") if own.state == "finished" else None
+    found = own.answer.get("anytime/holdout_top1") if own.state == "finished" else None
     return _Standing(own.state, found, own.last_error, max(attempts, own.attempts))
 
 

@@ -22,6 +22,7 @@ import errno
 import json
 import math
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -85,11 +86,14 @@ class Journal:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a journal; an absent one is empty."""
+    return lines(_text(path))
+
+
+def _text(path: Path) -> bytes:
     try:
-        text = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        return iter(())
-    return lines(text)
+        return b""
 
 
 def lines(text: bytes) -> Iterator[dict[str, Any]]:
@@ -101,6 +105,26 @@ def lines(text: bytes) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(line, dict) and {"trial", "attempt", "step", "timestamp"} <= line.keys():
             yield line
+
+
+_ATTEMPT = re.compile(rb'"attempt": ?(\d+)')
+
+
+def glance(path: Path) -> Iterator[dict[str, Any]]:
+    """Of the lines of a journal those that say where the trial stands, in a tenth of the time that all take.
+
+    Every event and every evaluation's answer, and before each event, and at the end, the newest line of each attempt and
+    the newest with its clock. `fold` makes the same Record of them as of the whole journal, but for other points.
+    """
+    raw, kept, newest = _text(path).splitlines(), set[int](), dict[tuple[bytes, bool], int]()
+    for number, line in enumerate(raw):
+        if b'"event"' in line:
+            kept.update((number, *newest.values()))
+        elif line.endswith(b"}}") and (attempt := _ATTEMPT.search(line)):  # whole
+            if b'"anytime/' in line:
+                kept.add(number)
+            newest[attempt[1], b'"time/train_seconds"' in line] = number
+    return lines(b"\n".join(raw[number] for number in sorted(kept.union(newest.values()))))
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ class TrialState:
     """steps done at the newest committed checkpoint: where a next attempt begins"""
     stopped: bool
     """the newest attempt was told to stop, and saved itself"""
-    metrics: dict[str, float]
-    """the newest value of each metric; anytime/* is the answer of the last completed cycle"""
+    answer: dict[str, float]
+    """anytime/*: the metrics of the last completed cycle"""
     last_error: str | None
     seconds_per_step: float | None
 
@@ -179,7 +179,7 @@ class TrialFolder:
 
     def state(self) -> TrialState:
         running = self.is_running()
-        record = journal.fold(journal.read(self.journal))
+        record = journal.fold(journal.glance(self.journal))
         state = record.state(running)
         if state in ("finished", "diverged") and (self._result() or {}).get("state") != state:
             state = "running" if running else "interrupted"  # killed between the two: the last steps are to be done again
@@ -192,7 +192,7 @@ class TrialFolder:
             attempts=max(len(record.starts), self.newest_attempt()),
             committed=record.committed,
             stopped=record.stopped,
-            metrics=record.newest(),
+            answer={name: value for name, value in record.newest().items() if name.startswith("anytime/")},
             last_error=(record.end or {}).get("error"),
             seconds_per_step=seconds[-1].value / (seconds[-1].step + 1) if seconds else None,
         )
@@ -222,7 +222,7 @@ class Store:
         """trial id -> holdout/top1 at the last completed cycle of every ended trial (None: failed or diverged)."""
         states = {folder.path.name: folder.state() for folder in self.trials(study)}
         return {
-            trial_id: s.metrics.get("anytime/holdout_top1") if s.state == "finished" else None
+            trial_id: s.answer.get("anytime/holdout_top1") if s.state == "finished" else None
             for trial_id, s in states.items()
             if s.state in ENDED
         }

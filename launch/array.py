@@ -172,10 +172,9 @@ def submit(
         if work.missing:
             write_atomically(ledger.path.parent / "study.yaml", loaded.text())
             code = snapshot.take(ledger.path.parent)
-            room = _room()
             for shape, trials in work.shapes(loaded, cluster):
                 try:
-                    for trials_of_array in _arrays(trials, shape.cluster, room):
+                    for trials_of_array in _arrays(trials, shape.cluster, _room(shape.cluster.qos)):
                         arrays.add(_submit_array(loaded, store, shape, trials_of_array, code))
                         submitted += len(trials_of_array)
                 except slurm.SlurmError as error:
@@ -210,9 +209,9 @@ def _release(found: Standings) -> None:
         print(f"released {len(held)} task(s) that SLURM held after a failed launch: {', '.join(held[:5])}{', ...' if held[5:] else ''}")
 
 
-def _room() -> int | None:
+def _room(qos: str | None) -> int | None:
     """Tasks that this user may add to the queue; None for any number."""
-    limit = slurm.max_submitted()
+    limit = slurm.max_submitted(qos)
     return None if limit is None else max(0, limit - slurm.submitted())
 
 

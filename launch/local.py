@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from harness import journal, schedule
+from harness import schedule
 from harness.config import BadInput, Trial
 from harness.store import TrialFolder
 from launch.ledger import is_alive
@@ -146,5 +146,5 @@ def wind_down(running: Sequence[Running], stop: Stop | None = None) -> None:
 
 def saved(running: Running) -> str:
     """What is left of a stopped trial."""
-    steps = journal.fold(journal.read(running.folder.journal)).committed
+    steps = running.folder.state().committed
     return f"{label(running.trial)}: {f'saved, {steps}' if steps else 'nothing to save, 0'} of {schedule.total_steps(running.trial)} steps"

@@ -31,7 +31,7 @@ def measured_seconds_per_step(trial: Trial, ranks: int, store: Store) -> float |
             state = folder.state()
             if state.state != "finished" or state.seconds_per_step is None:
                 continue
-            start = journal.fold(journal.read(folder.journal)).starts[-1]
+            start = journal.fold(journal.glance(folder.journal)).starts[-1]
             try:
                 other = folder.read_config()
             except BadInput:

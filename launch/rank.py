@@ -52,8 +52,8 @@ def main() -> int:
         try:
             result = train(trial, store, stop=stop, takes_over=True)
         except Superseded as newer:
-            print(newer, file=sys.stderr)
-            return 0
+            print(newer, file=sys.stderr, flush=True)
+            os._exit(0)  # at once: to take the interpreter down takes seconds on a busy node
     print(f"{options.trial}: {result['state']} at step {result['step']} of {result['total_steps']}", flush=True)
     return 0
 

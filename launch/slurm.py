@@ -161,13 +161,15 @@ def max_array_size() -> int:
     return int(found[1]) if found else 1001
 
 
-def max_submitted() -> int | None:
-    """Tasks that this user may have in the queue, by association; None when there is no limit or nobody to ask."""
+def max_submitted(qos: str | None) -> int | None:
+    """Tasks that this user may have in the queue, by association and quality of service; None without a limit or anybody to ask."""
+    asked = [("assoc", f"user={getpass.getuser()}", "format=MaxSubmitJobs")]
+    asked += [("qos", qos, "format=MaxSubmitJobsPerUser")] if qos else []
     try:
-        printed = run("sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={getpass.getuser()}", "format=MaxSubmitJobs")
+        printed = [run("sacctmgr", "--noheader", "--parsable2", "show", *what) for what in asked]
     except SlurmError:
         return None
-    limits = [int(line) for line in printed.split() if line.isdigit() and int(line) > 0]  # 0 is its word for none
+    limits = [int(line) for line in " ".join(printed).split() if line.isdigit() and int(line) > 0]  # 0 is its word for none
     return min(limits) if limits else None
 
 

@@ -52,7 +52,7 @@ class Standings:
     def results(self) -> dict[str, float | None]:
         """trial id -> holdout/top1 at the last completed cycle of every trial that has ended (None: without a result)."""
         return {
-            trial_id: s.record.metrics.get("anytime/holdout_top1") if s.state == "finished" else None
+            trial_id: s.record.answer.get("anytime/holdout_top1") if s.state == "finished" else None
             for trial_id, s in self.trials.items()
             if s.state in ENDED
         }

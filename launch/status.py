@@ -96,7 +96,7 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
     total, entry, task, record = schedule.total_steps(trial), s.entry, s.task, s.record
     left = (total - record.step) * record.seconds_per_step if record.seconds_per_step and s.state == "running" else None
     lives = entry.lives
-    used, lost = hours(lives, list(journal.read(folder.journal)), time.time()) if lives else (None, None)
+    used, lost = hours(lives, list(journal.glance(folder.journal)), time.time()) if lives else (None, None)
     return Row(
         trial_id=trial.trial_id,
         arm=trial.arm,
@@ -109,7 +109,7 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
         job_id=entry.job_id or entry.newest.get("job_id"),
         run_id=tracking.run_id(folder),
         last_error=last_error(folder, record) if s.state not in ("queued", "running") else None,
-        holdout_top1=record.metrics.get("anytime/holdout_top1"),
+        holdout_top1=record.answer.get("anytime/holdout_top1"),
         seconds_left=left,
         expected_finish=None if left is None else datetime.fromtimestamp(time.time() + left).isoformat(timespec="minutes"),
         preemptions=sum(life.requeued is not None for life in lives),
@@ -154,10 +154,8 @@ def hours(lives: Sequence[Life], lines: Sequence[Mapping[str, Any]], now: float)
 
 def last_error(folder: TrialFolder, state: TrialState) -> str | None:
     """The error that ended the newest attempt: by its record, or for one that could write none by its logs."""
-    if state.last_error or state.state not in ("interrupted", "pending"):
+    if state.last_error or state.stopped or state.state not in ("interrupted", "pending"):
         return state.last_error
-    if journal.fold(journal.read(folder.journal)).stopped:
-        return None
     found = [error for path in newest_logs(folder, "err") if (error := final_error(path))]
     if not found and state.state == "interrupted":
         return "ended without a word, as when it is killed"
@@ -172,8 +170,9 @@ def newest_logs(folder: TrialFolder, kind: str = "*") -> list[Path]:
 
 
 def final_error(path: Path) -> str | None:
-    """The last line of the last traceback in a log."""
-    _, found, trace = path.read_text(encoding="utf-8", errors="replace").rpartition("Traceback (most recent call last):")
+    """The last line of the last traceback in a log; torch begins each of its lines with the rank."""
+    text = re.sub(r"^\[rank\d+\]: ?", "", path.read_text(encoding="utf-8", errors="replace"), flags=re.M)
+    _, found, trace = text.rpartition("Traceback (most recent call last):")
     return next((line for line in trace.splitlines() if re.match(r"(?!slurmstepd|srun:)[A-Za-z_]", line)), None) if found else None
 
 

@@ -183,7 +183,7 @@ class Submission:
         for leftover in running.folder.logs.glob("*.rendezvous"):
             leftover.unlink(missing_ok=True)
         if state.state in ("finished", "diverged"):
-            holdout = state.metrics.get("anytime/holdout_top1")
+            holdout = state.answer.get("anytime/holdout_top1")
             self.view.say(f"{label(trial)}: {state.state}" + (f", holdout/top1 {holdout:.3f}" if holdout is not None else ""))
         elif not self.stop.asked:
             reason = last_error(running.folder, state) or "told to stop, and saved itself; submit again to go on"
@@ -217,15 +217,16 @@ class Submission:
         steps, total = sum(self._steps()), self.steps_a_trial * len(self.plan)
         rate = (steps - before) / max(1e-9, time.monotonic() - began)
         states = {p.trial.trial_id: (p.arm, self.states[p.trial.trial_id]) for p in self.plan if p.trial is not None}
-        finished = [(arm, s.metrics.get("anytime/holdout_top1")) for arm, s in states.values() if s.state == "finished"]
+        finished = [(arm, s.answer.get("anytime/holdout_top1")) for arm, s in states.values() if s.state == "finished"]
         best = max(((value, arm) for arm, value in finished if value is not None), default=None)
-        ended = sum(s.state in ("finished", "diverged") for _, s in states.values())
+        over = {trial_id for trial_id, (_, s) in states.items() if s.state in ("finished", "diverged")}
+        running = len(self.running.keys() - over)  # a job is still there a moment after its trial has ended
         return Snapshot(
             steps=steps,
             total_steps=total,
-            finished=ended,
-            running=len(self.running),
-            waiting=len(self.plan) - ended - len(self.running) - len(self.problems),
+            finished=len(over),
+            running=running,
+            waiting=len(self.plan) - len(over) - running - len(self.problems),
             failed=len(self.problems),
             best=best,
             seconds_left=(total - steps) / rate if steps > before else None,

@@ -185,7 +185,7 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------- what it means
 
     def _judge(self, exit_status: int, stalled: bool, attempt: int, folder: TrialFolder, log: Path) -> End:
-        state, own = folder.state(), [line for line in journal.read(folder.journal) if line["attempt"] == attempt]
+        state, own = folder.state(), [line for line in journal.glance(folder.journal) if line["attempt"] == attempt]
         entry = self._entry(folder.path.name)
         newest = entry.lives[-1].started if entry.lives else {}
         if (newest.get("token"), newest.get("job_id"), newest.get("life")) != (self.given.token, self.job_id, self.life):
@@ -324,7 +324,9 @@ def _is_free(port: int) -> bool:
 
 def _last_commit(folder: TrialFolder, attempt: int) -> float:
     """Seconds since 1970 of the attempt's last committed checkpoint; 0 if it made none."""
-    times = [line["timestamp"] for line in journal.read(folder.journal) if line.get("event") == "checkpoint" and line["attempt"] == attempt]
+    times = [
+        line["timestamp"] for line in journal.glance(folder.journal) if line.get("event") == "checkpoint" and line["attempt"] == attempt
+    ]
     return times[-1] / 1000 if times else 0.0
 
 

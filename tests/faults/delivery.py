@@ -163,7 +163,7 @@ def server_away(lab: Lab) -> Iterator[Row]:
     """One rank trains by train(); in turn without delivery and with each kind of trouble."""
     from tests.benchmarks.bench import run_loop
 
-    rounds, epochs = (5, 20) if lab.thorough else (1, 4)
+    rounds, epochs = (5, 14) if lab.thorough else (1, 4)
     database = empty_database(lab.folder)
     cases = [kind(lab.folder / kind.__name__, database, lab.rng) for kind in (NotThere, Restarted)]
     alone = Store(lab.folder / "alone")

@@ -317,7 +317,7 @@ def _stand_still(lab: Lab, stall: Stall, study: Study) -> tuple[float, str | Non
     until(lambda: study.entry(watched.folder).lives[life].ended, every=0.1)
     last, ended = watched.lines()[-1]["timestamp"] / 1000, study.entry(watched.folder).lives[life].ended
     seconds = datetime.fromisoformat(ended["time"]).timestamp() - last
-    if ended["kind"] != "stalled":
+    if ended["kind"] not in ("stalled", "communication"):  # the latter where a peer's collective times out first, after 45 s
         return seconds, f"{stall.what}: ended as {ended['kind']}: {ended['error']}"
     left = [rank for rank in ranks if is_alive(rank.pid)]
     return seconds, f"{stall.what}: ranks {left} live on" if left else None

@@ -105,7 +105,7 @@ def test_the_numbers_are_the_journals(folder: Path) -> None:
     for trial in store.trials("synthetic"):
         config = trial.read_config()
         if (config.arm, config.phase) == ("SGDWR", "finalists"):
-            errors.append(100 * (1 - trial.state().metrics["anytime/val_top1"]))
+            errors.append(100 * (1 - trial.state().answer["anytime/val_top1"]))
     assert len(errors) == 5
     assert summary(folder)["arms"]["SGDWR"]["error_points"] == pytest.approx(sum(errors) / 5, rel=1e-9)
 

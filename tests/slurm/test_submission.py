@@ -212,14 +212,16 @@ def short_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("c") / "c"
 
 
-def test_no_more_than_a_user_may_have_in_the_queue(tmp_path: Path, mnist5k: Path) -> None:
+@pytest.mark.parametrize("by", ["user", "qos"])
+def test_no_more_than_a_user_may_have_in_the_queue(tmp_path: Path, mnist5k: Path, by: str) -> None:
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+    limited = {"user": (user, "MaxSubmitJobs"), "qos": ("normal", "MaxSubmitJobsPerUser")}[by]
 
     def limit(tasks: int) -> None:
-        change = ["sacctmgr", "-i", "modify", "user", user, "set", f"MaxSubmitJobs={tasks}"]
+        change = ["sacctmgr", "-i", "modify", by, limited[0], "set", f"{limited[1]}={tasks}"]
         subprocess.run(change, check=True, capture_output=True, timeout=60)
 
-    study = Study(tmp_path, mnist5k, LATER, **TINY, search={"seeds": 5})
+    study = Study(tmp_path, mnist5k, LATER | ({"qos": "normal"} if by == "qos" else {}), **TINY, search={"seeds": 5})
     limit(3)
     try:
         out = study.submit()

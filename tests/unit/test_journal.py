@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def value(metric: str, step: int) -> float:
 
 
 def metrics_at(step: int) -> dict[str, float]:
-    names = ["train/loss", *(["val/top1"] if step % 3 == 2 else [])]
+    names = ["train/loss", "time/train_seconds", *(["val/top1", "anytime/val_top1"] if step % 3 == 2 else [])]
     return {name: value(name, step) for name in names}
 
 
@@ -252,6 +253,28 @@ def test_a_longer_journal_only_appends_to_what_is_settled(text: bytes, one: floa
     for record in (shorter, longer):
         by_attempt([p for p in record.points() if p.metric == "train/loss"])
         assert all(p.value == value(p.metric, p.step) for p in record.settled)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(lives(), st.floats(0, 1))
+def test_a_glance_says_where_the_trial_stands_as_the_whole_journal_does(text: bytes, cut: float) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(text[: int(cut * len(text))])
+        whole, glance = journal.fold(journal.read(Path(file.name))), journal.fold(journal.glance(Path(file.name)))
+    for of_record in (
+        lambda r: (r.state(running=False), r.steps_done, r.committed, r.stopped, r.end, r.starts, r.first_timestamp, r.last_timestamp),
+        lambda r: {name: value for name, value in r.newest().items() if name in ("anytime/val_top1", "time/train_seconds")},
+    ):
+        assert of_record(glance) == of_record(whole)
+
+
+def test_a_glance_reads_little_of_a_long_journal(tmp_path: Path) -> None:
+    book = Journal(tmp_path / "journal.jsonl", "t", 1)
+    book.write(0, event="start", resumed_from=0)
+    for step in range(1000):
+        book.write(step, metrics=metrics_at(0) | ({"anytime/val_top1": 0.5} if step % 250 == 249 else {}))
+    book.close()
+    assert len(list(journal.glance(tmp_path / "journal.jsonl"))) <= 1 + 4 + 2
 
 
 # -------------------------------------------------------------------------------------------------- the file

@@ -109,3 +109,14 @@ def test_logs_are_found_by_the_beginning_of_an_id(loaded: LoadedStudy, store: St
     for prefix in ("zz", ""):
         with pytest.raises(BadInput, match=other.trial_id):
             status.find_trial(loaded, store, prefix)
+
+
+def test_the_final_error_of_a_rank_is_found_however_torch_and_slurm_frame_it(tmp_path: Path) -> None:
+    log = tmp_path / "7_0.0.1_1_log.err"
+    trace = ["Traceback (most recent call last):", '  File "x.py", line 1, in f', "    g()", "RuntimeError: gloo: Timed out", ""]
+    after = "slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED ***\nsrun: error: n1: task 0: Killed\n"
+    for prefix in ("", "[rank1]: "):
+        log.write_text("a warning\n" + "\n".join(prefix + line for line in trace) + "\n" + after)
+        assert status.final_error(log) == "RuntimeError: gloo: Timed out"
+    log.write_text(after)
+    assert status.final_error(log) is None
