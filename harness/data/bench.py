@@ -81,7 +81,8 @@ def measure(path: Path, image_size: int = 224, seconds: float = 10.0, threads: i
             break
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     size = float(index.size[dataset.train.numbers].mean()) / 1000
-    return Speed(len(dataset.train), size, *(spent / done).tolist(), threads or 1, images / wall, cpu / images)
+    reading, decoding, resizing = (spent / done).tolist()
+    return Speed(len(dataset.train), size, reading, decoding, resizing, threads or 1, images / wall, cpu / images)
 
 
 def requests(samples: int, batch_size: int, epochs: int | None = None) -> Iterator[loader.Request]:

@@ -56,7 +56,7 @@ def _photograph(rng: np.random.Generator) -> Image.Image:
     width, height = SHAPES[rng.choice(len(SHAPES), p=OFTEN)]
     part = rng.uniform(0.6, 1) * min(whole.width / width, whole.height / height)
     w, h = int(part * width), int(part * height)
-    left, top = rng.integers(0, whole.width - w + 1), rng.integers(0, whole.height - h + 1)
+    left, top = int(rng.integers(0, whole.width - w + 1)), int(rng.integers(0, whole.height - h + 1))
     image = whole.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + w, top + h))
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
