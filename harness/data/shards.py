@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from harness.config import BadInput
 from harness.data import tars
@@ -43,7 +43,7 @@ def locate(path: Path | str) -> tuple[Path, list[str]]:
         raise BadInput(f"{text}: {commands}give a folder of shards, or a list such as data/train-{{000..146}}.tar")
     try:
         files = [Path(file) for part in text.split("::") for file in braceexpand(part)]
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise BadInput(f"{text}: {error}; e.g. data/train-{{000..146}}.tar") from None
     if missing := [file for file in files if not file.is_file()]:
         what = "no such file" if missing[0].suffix == ".tar" else "no such folder"

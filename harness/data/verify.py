@@ -122,7 +122,8 @@ class _Read:
 def _tasks(folder: Path, names: Sequence[str], index: Index | None) -> Iterator[_Task]:
     numbers = {shard.name: number for number, shard in enumerate(index.shards)} if index is not None else {}
     for name in names:
-        shard, rows = None, {}
+        shard: Shard | None = None
+        rows: dict[str, list[tuple[int, int, int]]] = {}
         if index is not None and name in numbers:
             shard = index.shards[numbers[name]]
             for n in np.flatnonzero(index.shard == numbers[name]).tolist():
