@@ -7,15 +7,17 @@ whole or absent, and the ones used longest ago make room for new ones.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from harness.config import BadInput
+from harness.data.index import Address
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 BLOCK = 8 << 20
@@ -31,6 +33,10 @@ class Unreachable(OSError):
     """Every attempt at a part of a shard failed; names the shard, the attempts and the last reason."""
 
 
+class Missing(BadInput):
+    """There is no such shard."""
+
+
 @dataclass(frozen=True)
 class Cache:
     folder: Path
@@ -38,8 +44,53 @@ class Cache:
     """at most so many are kept, and one block more for each process"""
 
 
+def node_cache() -> Cache:
+    """As the environment says: WRBENCH_CACHE, a folder, and WRBENCH_CACHE_GB."""
+    folder = os.environ.get("WRBENCH_CACHE") or "~/.cache/wrbench"
+    gigabytes = os.environ.get("WRBENCH_CACHE_GB") or "64"
+    if not gigabytes.isdecimal():
+        raise BadInput(f"WRBENCH_CACHE_GB: {gigabytes!r} must be a whole number of GB; e.g. 64")
+    return Cache(Path(folder).expanduser(), int(gigabytes) * 10**9)
+
+
+def open_shard(path: Path | Address) -> BinaryIO:
+    """A shard to read from, wherever it lies; OSError, BadInput."""
+    return open(path, "rb") if isinstance(path, Path) else io.BufferedReader(_File(RemoteShard(path, node_cache())), 1 << 20)
+
+
+def size(path: Path | Address) -> int | None:
+    """Bytes of a shard, wherever it lies; None when there is none."""
+    if isinstance(path, Path):
+        return path.stat().st_size if path.exists() else None
+    try:
+        return RemoteShard(path, node_cache()).size
+    except Missing:
+        return None
+
+
+class _File(io.RawIOBase):
+    def __init__(self, shard: RemoteShard) -> None:
+        self._shard, self._place = shard, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + (0, self._place, self._shard.size)[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._shard.read(self._place, len(buffer)) if self._place < self._shard.size else b""
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
+
+
 class RemoteShard:
-    """One shard by its address; BadInput when it does not exist or its scheme is not known, Unreachable."""
+    """One shard by its address; Missing, BadInput for an unknown scheme, Unreachable."""
 
     def __init__(self, address: str, cache: Cache) -> None:
         self.address, self._cache = address, cache
@@ -68,7 +119,7 @@ class RemoteShard:
                 os.utime(file)  # used now
                 return content
         start = number * BLOCK
-        content = self._patiently(lambda: self._fetch(start, start + length))
+        content: bytes = self._patiently(lambda: self._fetch(start, start + length))
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
         temporary.write_bytes(content)
@@ -92,7 +143,7 @@ class RemoteShard:
                 cause = error.__cause__ or error
                 # over http a server that is gone is a FileNotFoundError too, with another cause
                 if isinstance(error, FileNotFoundError) and (cause is error or getattr(cause, "status", None) in (404, 410)):
-                    raise BadInput(f"{self.address}: does not exist") from None
+                    raise Missing(f"{self.address}: does not exist") from None
                 reason = " ".join(str(cause).split()) or type(cause).__name__
             if attempt < ATTEMPTS - 1:
                 time.sleep(WAIT_SECONDS * 2**attempt)

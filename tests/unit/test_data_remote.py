@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
-from harness.config import BadInput
-from harness.data import remote
+from harness.config import BadInput, Data
+from harness.data import remote, shards
+from harness.data.index import Address, Index
 from harness.data.remote import Cache, RemoteShard, Unreachable
+from harness.data.verify import verify
+from tests import tars
 from tests.http_server import serving
 
 SIZE = 200_123
@@ -82,3 +85,29 @@ def test_what_is_no_shard(tmp_path, content):
     for bad in ("pipe:touch x", "file:///etc/passwd", "ftp://x/y.tar", "x.tar"):
         with pytest.raises(BadInput, match="shards are read from http, https, s3, gs, hf addresses"):
             RemoteShard(bad, Cache(tmp_path / "cache"))
+
+
+def test_an_index_of_remote_shards_is_that_of_local_ones(tmp_path, monkeypatch):
+    """Made and verified through a server that drops connections; training says that it reads local shards."""
+    monkeypatch.setenv("WRBENCH_CACHE", str(tmp_path / "cache"))
+    folder = tars.small(tmp_path / "www")
+    local = shards.index_shards(folder, tmp_path / "local")
+    with serving(folder, seed=5, drop=0.05) as (address, faults):
+        listed = f"{address}/{{train-{{000000..000001}},val-000000}}.tar"
+        made = shards.index_shards(listed, tmp_path / "remote")
+        assert (made.sha256, made.shards, str(made.folder)) == (local.sha256, local.shards, address)
+        loaded = Index.load(tmp_path / "remote")
+        assert (loaded.folder, type(loaded.folder)) == (address, Address) and loaded.shards == local.shards
+        assert verify(listed).findings == [] and verify(tmp_path / "remote").findings == []
+        (folder / "train-000001.tar").unlink()
+        (found,) = verify(tmp_path / "remote").findings
+        assert str(found) == f"fault: {address}/train-000001.tar: missing, with the 64 samples that the index has of it"
+        with pytest.raises(BadInput, match=r"train-000001.tar: does not exist"):
+            shards.index_shards(listed, tmp_path / "x")
+        with pytest.raises(BadInput, match="with --out DIR"):
+            shards.index_shards(listed)
+    assert faults.made
+    with pytest.raises(BadInput, match="training reads local shards; copy these to a folder"):
+        loaded.check(Data.model_validate(tars.DATA | {"path": "unused"}))
+    with pytest.raises(Unreachable, match="cannot be read after 5 attempts"):
+        shards.index_shards(listed, tmp_path / "x")
