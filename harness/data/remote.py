@@ -119,13 +119,13 @@ class RemoteShard:
                 os.utime(file)  # used now
                 return content
         start = number * BLOCK
-        content: bytes = self._patiently(lambda: self._fetch(start, start + length))
+        fetched: bytes = self._patiently(lambda: self._fetch(start, start + length))
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
-        temporary.write_bytes(content)
+        temporary.write_bytes(fetched)
         temporary.replace(file)
         _make_room(self._cache)
-        return content
+        return fetched
 
     def _fetch(self, start: int, stop: int) -> bytes:
         content = bytes(self._filesystem.cat_file(self._path, start=start, end=stop))
