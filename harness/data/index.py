@@ -39,6 +39,15 @@ class CorruptSample(BadInput):
     """A sample fails its checksum, cannot be decoded, or has a label outside the classes; names shard and key."""
 
 
+class Address(str):
+    """Where remote shards lie, up to their names: https://host/folder."""
+
+    __slots__ = ()
+
+    def __truediv__(self, name: str) -> Address:
+        return Address(f"{self}/{name}")
+
+
 @dataclass(frozen=True)
 class Shard:
     name: str
@@ -111,7 +120,7 @@ class Part:
 class Index:
     """Arrays have one entry a sample, in the order of the sample numbers."""
 
-    folder: Path
+    folder: Path | Address
     """the shards lie here"""
     shards: tuple[Shard, ...]
     extensions: tuple[str, ...]
@@ -161,6 +170,8 @@ class Index:
 
         A label outside the classes is left to the reader where data.on_corrupt lets it be substituted: in training.
         """
+        if isinstance(self.folder, Address):
+            raise BadInput(f"{self.folder}: training reads local shards; copy these to a folder, and run: wrbench shards index FOLDER")
         lines = self.changed_files()
         trained = self.train(data)
         for key, samples, split in (("train_samples", data.train_samples, "train"), ("val_samples", data.val_samples, "val")):
@@ -211,7 +222,7 @@ class Index:
             return [line for line in threads.map(self._changed, self.shards) if line is not None]
 
     def _changed(self, shard: Shard) -> str | None:
-        path = self.folder / shard.name
+        path = Path(self.folder / shard.name)
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -224,7 +235,7 @@ class Index:
     # ---------------------------------------------------------------------------------------- make and keep
 
     @classmethod
-    def make(cls, folder: Path, parts: Sequence[Part]) -> Index:
+    def make(cls, folder: Path | Address, parts: Sequence[Part]) -> Index:
         shards = tuple(part.shard for part in parts)
         shard = np.repeat(np.arange(len(parts), dtype=np.int32), [s.samples for s in shards])
         is_val = np.array([s.split == "val" for s in shards], dtype=bool)[shard]
@@ -251,10 +262,14 @@ class Index:
 
     def write(self, path: Path) -> None:
         """The whole index at `path`, or what was there before."""
+        if isinstance(self.folder, Address):
+            folder = str(self.folder)
+        else:
+            folder = "." if self.folder.resolve() == path.parent.resolve() else str(self.folder.resolve())
         manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "folder": "." if self.folder.resolve() == path.parent.resolve() else str(self.folder.resolve()),
+            "folder": folder,
             "sha256": self.sha256,
             "extensions": self.extensions,
             "shards": [asdict(shard) for shard in self.shards],
@@ -284,7 +299,7 @@ class Index:
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise BadInput(f"{file}: is damaged or no index of shards ({type(error).__name__}); {remedy}") from None
         return cls(
-            folder=file.parent / manifest["folder"],
+            folder=Address(manifest["folder"]) if "://" in manifest["folder"] else file.parent / manifest["folder"],
             shards=tuple(Shard(**shard) for shard in manifest["shards"]),
             extensions=tuple(manifest["extensions"]),
             sha256=manifest["sha256"],

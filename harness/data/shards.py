@@ -9,16 +9,18 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
+from braceexpand import braceexpand
 
 from harness.config import BadInput
 from harness.data import tars
-from harness.data.index import NAME, Index, Part
+from harness.data.index import NAME, Address, Index, Part
 from harness.data.parallel import each
+from harness.data.remote import SCHEMES, size
 
 Progress = Callable[[int, int], None]
 """called with (done, total)"""
@@ -27,10 +29,11 @@ Progress = Callable[[int, int], None]
 def silent(done: int, total: int) -> None: ...
 
 
-def locate(path: Path | str) -> tuple[Path, list[str]]:
+def locate(path: Path | str) -> tuple[Path | Address, list[str]]:
     """(folder, names of the shards below it, sorted) of a folder or of a list as WebDataset writes it: DIR/{train,val}-{000..146}.tar.
 
-    BadInput for what is no path, such as a command, and when a shard is missing or named twice.
+    A list may be of addresses in one folder: https://host/folder/train-{000..146}.tar. BadInput for what is neither, such as
+    a command, and when a local shard is missing or named twice.
     """
     text = str(path)
     if (folder := Path(text)).is_dir():
@@ -38,12 +41,15 @@ def locate(path: Path | str) -> tuple[Path, list[str]]:
         if not names:
             raise BadInput(f"{folder}: holds no *.tar; give the folder of the shards")
         return folder, names
-    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text):
+    if (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)) and scheme[1] in SCHEMES:
+        folders, *names = _remote(text)
+        return Address(folders), names
+    if scheme:
         commands = "a shard is data, and commands are never run; " if scheme[1] == "pipe" else ""
         raise BadInput(f"{text}: {commands}give a folder of shards, or a list such as data/train-{{000..146}}.tar")
     try:
         files = [Path(file) for part in text.split("::") for file in braceexpand(part)]
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise BadInput(f"{text}: {error}; e.g. data/train-{{000..146}}.tar") from None
     if missing := [file for file in files if not file.is_file()]:
         what = "no such file" if missing[0].suffix == ".tar" else "no such folder"
@@ -54,6 +60,25 @@ def locate(path: Path | str) -> tuple[Path, list[str]]:
     if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
         raise BadInput(f"{text}: names {twice} twice")
     return folder, names
+
+
+def _remote(text: str) -> list[str]:
+    """The folder that addresses have in common, and the sorted names in it."""
+    try:
+        addresses = sorted(address for part in text.split("::") for address in braceexpand(part))
+    except ValueError as error:
+        raise BadInput(f"{text}: {error}; e.g. https://host/folder/train-{{000..146}}.tar") from None
+    common = os.path.commonprefix([address.rpartition("/")[0] + "/" for address in addresses])  # noqa: RUF071 - cut at a / below
+    folder = common.rpartition("/")[0]
+    if folder.endswith(":/") or "://" not in folder:
+        raise BadInput(f"{text}: is not in one folder of one host; e.g. https://host/folder/train-{{000..146}}.tar")
+    return [folder, *(address.removeprefix(f"{folder}/") for address in addresses)]
+
+
+def sizes(folder: Path | Address, names: Sequence[str]) -> list[int]:
+    """Bytes of each shard, 0 for one that is not there."""
+    with ThreadPoolExecutor(16) as threads:
+        return [found or 0 for found in threads.map(lambda name: size(folder / name), names)]
 
 
 def split_of(name: str) -> str:
@@ -78,7 +103,9 @@ def index_shards(
     folder, names = locate(path)
     for name in names:
         split_of(name)
-    total, done = sum((folder / name).stat().st_size for name in names), 0
+    if isinstance(folder, Address) and out is None:
+        raise BadInput(f"{path}: say where the index goes, with --out DIR")
+    total, done = sum(sizes(folder, names)), 0
     parts: list[Part] = []
     pickled: set[str] = set()
     for part, passed_over in each(partial(_scan, folder), names, workers):
@@ -91,7 +118,7 @@ def index_shards(
     index = Index.make(folder, parts)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    index.write((folder if out is None else out) / NAME)
+    index.write(Path(folder if out is None else out) / NAME)
     return index
 
 
@@ -99,5 +126,5 @@ def pickled_members(extensions: set[str]) -> str:
     return f"pickled members (.{', .'.join(sorted(extensions))}) are ignored: a shard is data, never code"
 
 
-def _scan(folder: Path, name: str) -> tuple[Part, set[str]]:
+def _scan(folder: Path | Address, name: str) -> tuple[Part, set[str]]:
     return tars.scan(folder / name, name, split_of(name))

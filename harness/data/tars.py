@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harness.config import BadInput
-from harness.data.index import CorruptSample, Entry, Part, Shard
+from harness.data.index import Address, CorruptSample, Entry, Part, Shard
+from harness.data.remote import Unreachable, open_shard, size
 
 IMAGES = ("png", "jpg", "jpeg")
 READ = (*IMAGES, "cls", "json")
@@ -107,10 +108,10 @@ def members(file: BinaryIO) -> Generator[tarfile.TarInfo, None, None]:
         raise tarfile.ReadError(f"no end of archive at byte {end}")
 
 
-def samples(path: Path) -> Iterator[Sample]:
+def samples(path: Path | Address) -> Iterator[Sample]:
     """The samples of a shard in order; BadInput at the first byte that is not as a tar should be."""
     try:
-        with open(path, "rb") as file, closing(members(file)) as headers:
+        with open_shard(path) as file, closing(members(file)) as headers:
             sample = None
             for member in headers:
                 named = _KEY_AND_EXTENSION.fullmatch(member.name)
@@ -130,11 +131,13 @@ def samples(path: Path) -> Iterator[Sample]:
             if sample is None:
                 raise tarfile.ReadError("holds no samples")
             yield sample  # not before the end of the archive is seen: it might have lost members
+    except Unreachable:
+        raise
     except (tarfile.TarError, OSError) as error:
         raise BadInput(f"{path}: truncated or damaged: {getattr(error, 'strerror', None) or error}") from None
 
 
-def scan(path: Path, name: str, split: str) -> tuple[Part, set[str]]:
+def scan(path: Path | Address, name: str, split: str) -> tuple[Part, set[str]]:
     """(the index of one shard, extensions of the pickled members that were passed over).
 
     BadInput when it is damaged, CorruptSample for the first sample without exactly one image and an integer label.
@@ -147,7 +150,7 @@ def scan(path: Path, name: str, split: str) -> tuple[Part, set[str]]:
         except ValueError as error:
             raise CorruptSample(f"{path}: sample {plain(sample.key)}: {error}") from None
         pickled |= sample.pickled()
-    return Part.of(Shard(name, split, len(entries), path.stat().st_size, sha256(path)), entries), pickled
+    return Part.of(Shard(name, split, len(entries), size(path) or 0, sha256(path)), entries), pickled
 
 
 def digest(image: bytes) -> int:
@@ -160,6 +163,9 @@ def plain(key: str) -> str:
     return key if key.isprintable() else ascii(key)
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path | Address) -> str:
+    digest = hashlib.sha256()
+    with open_shard(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from harness.config import BadInput
 from harness.data.decode import decode, kind
-from harness.data.index import NAME, Entry, Index, IntArray, Shard
+from harness.data.index import NAME, Address, Entry, Index, IntArray, Shard
 from harness.data.parallel import each
-from harness.data.shards import Progress, locate, pickled_members, silent, split_of
+from harness.data.remote import size
+from harness.data.shards import Progress, locate, pickled_members, silent, sizes, split_of
 from harness.data.tars import Sample, digest, plain, samples, sha256
 
 Severity = Literal["fault", "warning"]
@@ -28,7 +29,7 @@ class Finding:
     """A fault makes the data unusable as they are, a warning does not."""
 
     severity: Severity
-    shard: Path
+    shard: Path | Address
     key: str | None
     message: str
 
@@ -52,7 +53,7 @@ def verify(path: Path | str, progress: Progress = silent, workers: int = 1) -> V
     Warnings: duplicate keys and images, files that are not what their names say, pickled members.
     """
     folder, names, index, findings = _what(path)
-    total, done = sum((folder / name).stat().st_size for name in names if (folder / name).exists()), 0
+    total, done = sum(sizes(folder, names)), 0
     reads: list[_Read] = []
     for read in each(_read, _tasks(folder, names, index), workers):
         reads.append(read)
@@ -66,15 +67,17 @@ def verify(path: Path | str, progress: Progress = silent, workers: int = 1) -> V
     return Verified(findings, together.classes())
 
 
-def _what(path: Path | str) -> tuple[Path, list[str], Index | None, list[Finding]]:
+def _what(path: Path | str) -> tuple[Path | Address, list[str], Index | None, list[Finding]]:
     """(folder, names of the shards that are or should be there, their index, what is wrong with that)."""
     listed: list[str] | None = None
     file = Path(path)
     if file.is_dir():
         file = file / NAME
     elif not (file.is_file() and file.suffix == ".npz"):
-        folder, listed = locate(path)
-        file = folder / NAME
+        where, listed = locate(path)
+        if isinstance(where, Address):
+            return where, listed, None, []
+        file = where / NAME
     index, findings = None, []
     if file.exists():
         try:
@@ -82,9 +85,11 @@ def _what(path: Path | str) -> tuple[Path, list[str], Index | None, list[Finding
         except BadInput as error:
             findings.append(Finding("fault", file, None, str(error).removeprefix(f"{file}: ")))
     folder = index.folder if index is not None else file.parent
+    if isinstance(folder, Address) and index is not None:
+        return folder, [shard.name for shard in index.shards], index, findings
     if listed is not None:
         return folder, listed, index, findings
-    _, found = locate(folder)
+    _, found = locate(Path(folder))
     return folder, sorted({*found, *(shard.name for shard in index.shards)} if index is not None else found), index, findings
 
 
@@ -93,7 +98,7 @@ def _what(path: Path | str) -> tuple[Path, list[str], Index | None, list[Finding
 
 @dataclass(frozen=True)
 class _Task:
-    folder: Path
+    folder: Path | Address
     name: str
     indexed: bool
     """the set has an index, whether or not this shard is in it"""
@@ -119,10 +124,11 @@ class _Read:
     labels: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
-def _tasks(folder: Path, names: Sequence[str], index: Index | None) -> Iterator[_Task]:
+def _tasks(folder: Path | Address, names: Sequence[str], index: Index | None) -> Iterator[_Task]:
     numbers = {shard.name: number for number, shard in enumerate(index.shards)} if index is not None else {}
     for name in names:
-        shard, rows = None, dict[str, list[tuple[int, int, int]]]()
+        shard: Shard | None = None
+        rows: dict[str, list[tuple[int, int, int]]] = {}
         if index is not None and name in numbers:
             shard = index.shards[numbers[name]]
             for n in np.flatnonzero(index.shard == numbers[name]).tolist():
@@ -145,10 +151,11 @@ class _Reading:
             self.read.split = split_of(task.name)
         except BadInput as error:
             self._found("fault", None, str(error).removeprefix(f"{task.name}: "))
-        if not self._path.exists():
+        found = size(self._path)
+        if found is None:
             self._found("fault", None, f"missing, with the {task.shard.samples if task.shard else 0} samples that the index has of it")
             return
-        self.read.bytes = self._path.stat().st_size
+        self.read.bytes = found
         self._compare_file()
         whole = self._samples()
         self.read.keys = np.array([key for key, _, _ in whole], dtype=np.bytes_)
@@ -237,7 +244,7 @@ class _Reading:
 class _Together:
     """Samples by number: shard after shard."""
 
-    def __init__(self, folder: Path, reads: Sequence[_Read]) -> None:
+    def __init__(self, folder: Path | Address, reads: Sequence[_Read]) -> None:
         self._folder, self._reads = folder, reads
         self._starts = np.cumsum([0, *(len(read.labels) for read in reads)])
         self._labels = np.concatenate([np.empty(0, np.int64), *(read.labels for read in reads)])

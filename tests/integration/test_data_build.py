@@ -42,18 +42,21 @@ def test_killed_at_random_and_resumed(tmp_path, workers):
     took = time.perf_counter() - began
     shutil.rmtree(out)
     kept = []
-    while len(kept) < KILLS:
-        running = subprocess.Popen(command(src, out, workers), stdout=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0, took))
+    for enough in sorted(rng.sample(range(21), KILLS)):  # whole shards, of 22: a moment after so many the kill comes
+        running = subprocess.Popen(command(src, out, workers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while running.poll() is None and len(list(tmp_path.glob(".out.building/parts/*.npz"))) < enough:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
         running.kill()
-        if running.wait() != -signal.SIGKILL:  # it was done before
+        running.wait()
+        kept.append(len(list(tmp_path.glob(".out.building/parts/*.npz"))))
+        if out.exists():  # too late
             shutil.rmtree(out)
             continue
-        kept.append(len(list(tmp_path.glob(".out.building/parts/*.npz"))))
-        assert not out.exists()
         with pytest.raises(BadInput, match="no such folder"):
             Index.load(out)
     said = subprocess.run(command(src, out, workers), capture_output=True, text=True, check=True).stdout
+    assert len(set(kept)) > 3, kept
     print(f"seed {seed}, {workers} worker(s), undisturbed {took:.1f} s; whole shards at each kill: {kept}; then {said}")
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "undisturbed").iterdir()}
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "src", "undisturbed"]

@@ -1,0 +1,183 @@
+"""Shards that lie elsewhere: http(s), s3, gs and hf addresses through fsspec, in blocks that are kept in a local folder.
+
+A block is asked for again when the connection breaks or stalls. The folder is shared by all processes of a node: a block is
+whole or absent, and the ones used longest ago make room for new ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+from harness.config import BadInput
+from harness.data.index import Address
+
+SCHEMES = ("http", "https", "s3", "gs", "hf")
+BLOCK = 8 << 20
+"""bytes asked for at a time: some 70 images of ImageNet"""
+ATTEMPTS = 5
+STALL_SECONDS = 20.0
+"""without a byte, and a request is given up"""
+WAIT_SECONDS = 0.5
+"""before the second attempt; twice as long before each further one"""
+
+
+class Unreachable(OSError):
+    """Every attempt at a part of a shard failed; names the shard, the attempts and the last reason."""
+
+
+class Missing(BadInput):
+    """There is no such shard."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    folder: Path
+    bytes: int = 64 << 30
+    """at most so many are kept, and one block more for each process"""
+
+
+def node_cache() -> Cache:
+    """As the environment says: WRBENCH_CACHE, a folder, and WRBENCH_CACHE_GB."""
+    folder = os.environ.get("WRBENCH_CACHE") or "~/.cache/wrbench"
+    gigabytes = os.environ.get("WRBENCH_CACHE_GB") or "64"
+    if not gigabytes.isdecimal():
+        raise BadInput(f"WRBENCH_CACHE_GB: {gigabytes!r} must be a whole number of GB; e.g. 64")
+    return Cache(Path(folder).expanduser(), int(gigabytes) * 10**9)
+
+
+def open_shard(path: Path | Address) -> BinaryIO:
+    """A shard to read from, wherever it lies; OSError, BadInput."""
+    return open(path, "rb") if isinstance(path, Path) else io.BufferedReader(_File(RemoteShard(path, node_cache())), 1 << 20)
+
+
+def size(path: Path | Address) -> int | None:
+    """Bytes of a shard, wherever it lies; None when there is none."""
+    if isinstance(path, Path):
+        return path.stat().st_size if path.exists() else None
+    try:
+        return RemoteShard(path, node_cache()).size
+    except Missing:
+        return None
+
+
+class _File(io.RawIOBase):
+    def __init__(self, shard: RemoteShard) -> None:
+        self._shard, self._place = shard, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + (0, self._place, self._shard.size)[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._shard.read(self._place, len(buffer)) if self._place < self._shard.size else b""
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
+
+
+class RemoteShard:
+    """One shard by its address; Missing, BadInput for an unknown scheme, Unreachable."""
+
+    def __init__(self, address: str, cache: Cache) -> None:
+        self.address, self._cache = address, cache
+        self._filesystem, self._path = _filesystem(address)
+        size = self._patiently(lambda: self._filesystem.info(self._path)["size"])
+        if size is None:
+            raise BadInput(f"{address}: its server does not say how long it is, so it cannot be read in parts; copy it here first")
+        self.size = int(size)
+        # another file at the same address has another length, as a rule; what is read is checked by crc32 anyway
+        self._folder = cache.folder / hashlib.sha256(f"{address} {self.size}".encode()).hexdigest()[:32]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The bytes of [offset, offset + size), fewer at the end; safe in several threads."""
+        stop = min(offset + size, self.size)
+        parts = []
+        for number in range(offset // BLOCK, -(-stop // BLOCK)):
+            start = number * BLOCK
+            parts.append(self._block(number)[max(0, offset - start) : stop - start])
+        return b"".join(parts)
+
+    def _block(self, number: int) -> bytes:
+        file, length = self._folder / str(number), min(BLOCK, self.size - number * BLOCK)
+        with suppress(FileNotFoundError):
+            content = file.read_bytes()
+            if len(content) == length:
+                os.utime(file)  # used now
+                return content
+        start = number * BLOCK
+        fetched: bytes = self._patiently(lambda: self._fetch(start, start + length))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
+        temporary.write_bytes(fetched)
+        temporary.replace(file)
+        _make_room(self._cache)
+        return fetched
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        content = bytes(self._filesystem.cat_file(self._path, start=start, end=stop))
+        if len(content) != stop - start:  # a server that knows no ranges sends the whole file
+            raise OSError(f"{len(content)} bytes instead of {stop - start}")
+        return content
+
+    def _patiently(self, call: Any) -> Any:
+        for attempt in range(ATTEMPTS):
+            try:
+                return call()
+            except PermissionError as error:
+                raise BadInput(f"{self.address}: may not be read: {error}") from None
+            except Exception as error:  # every filesystem of fsspec has errors of its own
+                cause = error.__cause__ or error
+                # over http a server that is gone is a FileNotFoundError too, with another cause
+                if isinstance(error, FileNotFoundError) and (cause is error or getattr(cause, "status", None) in (404, 410)):
+                    raise Missing(f"{self.address}: does not exist") from None
+                reason = " ".join(str(cause).split()) or type(cause).__name__
+            if attempt < ATTEMPTS - 1:
+                time.sleep(WAIT_SECONDS * 2**attempt)
+        raise Unreachable(f"{self.address}: cannot be read after {ATTEMPTS} attempts: {reason}")
+
+
+def _filesystem(address: str) -> tuple[Any, str]:
+    import fsspec
+
+    scheme = urlsplit(address).scheme
+    if scheme not in SCHEMES:
+        raise BadInput(f"{address}: shards are read from {', '.join(SCHEMES)} addresses and from folders")
+    options: dict[str, Any] = {"skip_instance_cache": True}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)}
+    try:
+        filesystem, path = fsspec.core.url_to_fs(address, **options)
+    except ImportError as error:
+        raise BadInput(f"{address}: {error}") from None
+    return filesystem, path
+
+
+def _make_room(cache: Cache) -> None:
+    """Removes the blocks used longest ago until the rest fit."""
+    blocks = []
+    for file in cache.folder.glob("*/*"):
+        with suppress(FileNotFoundError):
+            status = file.stat()
+            blocks.append((status.st_mtime_ns, status.st_size, file))
+    excess = sum(size for _, size, _ in blocks) - cache.bytes
+    for _, size, file in sorted(blocks):
+        if excess <= 0:
+            return
+        file.unlink(missing_ok=True)
+        excess -= size

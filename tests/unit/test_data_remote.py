@@ -1,0 +1,113 @@
+"""Shards over http: the same bytes from a server that drops and stalls connections, one clear error from one that is gone."""
+
+import numpy as np
+import pytest
+
+from harness.config import BadInput, Data
+from harness.data import remote, shards
+from harness.data.index import Address, Index
+from harness.data.remote import Cache, RemoteShard, Unreachable
+from harness.data.verify import verify
+from tests import tars
+from tests.http_server import serving
+
+SIZE = 200_123
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(remote, "BLOCK", 2048)
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "WAIT_SECONDS", 0.01)
+
+
+@pytest.fixture
+def content(tmp_path):
+    content = np.random.default_rng(1).bytes(SIZE)
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "train-0.tar").write_bytes(content)
+    return content
+
+
+def test_the_same_bytes_from_a_server_that_drops_and_stalls(tmp_path, content):
+    with serving(tmp_path / "www", seed=3, drop=0.02, stall=0.02, stall_seconds=0.5) as (address, faults):
+        shard = RemoteShard(f"{address}/train-0.tar", Cache(tmp_path / "cache"))
+        assert shard.size == SIZE
+        rng = np.random.default_rng(2)
+        for offset, size in [
+            (0, SIZE),
+            (0, SIZE),
+            (SIZE - 5, 100),
+            (2047, 2),
+            (2048, 2048),
+            (7, 0),
+            *rng.integers(0, SIZE, (50, 2)).tolist(),
+        ]:
+            assert shard.read(offset, size) == content[offset : offset + size]
+    assert {"drop", "stall"} == set(faults.made)
+
+
+def test_what_is_in_the_cache_needs_no_server(tmp_path, content):
+    with serving(tmp_path / "www") as (address, _):
+        shard = RemoteShard(f"{address}/train-0.tar", Cache(tmp_path / "cache"))
+        shard.read(0, 100_000)
+    assert shard.read(20_000, 50_000) == content[20_000:70_000]
+    block = next((tmp_path / "cache").glob("*/3"))
+    block.write_bytes(block.read_bytes()[:-1])
+    with pytest.raises(Unreachable):
+        shard.read(3 * 2048, 10)
+
+
+def test_a_server_that_is_gone(tmp_path, content):
+    with serving(tmp_path / "www") as (address, _):
+        shard = RemoteShard(f"{address}/train-0.tar", Cache(tmp_path / "cache"))
+    with pytest.raises(Unreachable) as caught:
+        shard.read(0, 10)
+    assert str(caught.value).startswith(f"{address}/train-0.tar: cannot be read after 5 attempts: ") and "\n" not in str(caught.value)
+    with pytest.raises(Unreachable, match=r"train-1.tar: cannot be read after 5 attempts"):
+        RemoteShard(f"{address}/train-1.tar", Cache(tmp_path / "cache"))
+
+
+def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(tmp_path, content):
+    with serving(tmp_path / "www") as (address, _):
+        shard = RemoteShard(f"{address}/train-0.tar", Cache(tmp_path / "cache", 10 * 2048))
+        for number in range(30):
+            shard.read(number * 2048, 1)
+            shard.read(0, 1)
+            assert sum(f.stat().st_size for f in (tmp_path / "cache").glob("*/*")) <= 10 * 2048
+    kept = {f.name for f in (tmp_path / "cache").glob("*/*")}
+    assert kept == {"0", *map(str, range(21, 30))}
+
+
+def test_what_is_no_shard(tmp_path, content):
+    with serving(tmp_path / "www") as (address, _), pytest.raises(BadInput, match=r"absent.tar: does not exist"):
+        RemoteShard(f"{address}/absent.tar", Cache(tmp_path / "cache"))
+    for bad in ("pipe:touch x", "file:///etc/passwd", "ftp://x/y.tar", "x.tar"):
+        with pytest.raises(BadInput, match="shards are read from http, https, s3, gs, hf addresses"):
+            RemoteShard(bad, Cache(tmp_path / "cache"))
+
+
+def test_an_index_of_remote_shards_is_that_of_local_ones(tmp_path, monkeypatch):
+    """Made and verified through a server that drops connections; training says that it reads local shards."""
+    monkeypatch.setenv("WRBENCH_CACHE", str(tmp_path / "cache"))
+    folder = tars.small(tmp_path / "www")
+    local = shards.index_shards(folder, tmp_path / "local")
+    with serving(folder, seed=5, drop=0.05) as (address, faults):
+        listed = f"{address}/{{train-{{000000..000001}},val-000000}}.tar"
+        made = shards.index_shards(listed, tmp_path / "remote")
+        assert (made.sha256, made.shards, str(made.folder)) == (local.sha256, local.shards, address)
+        loaded = Index.load(tmp_path / "remote")
+        assert (loaded.folder, type(loaded.folder)) == (address, Address) and loaded.shards == local.shards
+        assert verify(listed).findings == [] and verify(tmp_path / "remote").findings == []
+        (folder / "train-000001.tar").unlink()
+        (found,) = verify(tmp_path / "remote").findings
+        assert str(found) == f"fault: {address}/train-000001.tar: missing, with the 64 samples that the index has of it"
+        with pytest.raises(BadInput, match=r"train-000001.tar: does not exist"):
+            shards.index_shards(listed, tmp_path / "x")
+        with pytest.raises(BadInput, match="with --out DIR"):
+            shards.index_shards(listed)
+    assert faults.made
+    with pytest.raises(BadInput, match="training reads local shards; copy these to a folder"):
+        loaded.check(Data.model_validate(tars.DATA | {"path": "unused"}))
+    with pytest.raises(Unreachable, match="cannot be read after 5 attempts"):
+        shards.index_shards(listed, tmp_path / "x")
