@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -168,6 +169,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores are among those tried
     folder = build(options.samples)
     contenders = [ours(folder, name) for name in ("libjpeg", "simplejpeg") if name in decode.JPEG]
     contenders += [best(webdataset, folder), best(image_folder, folder), raw(folder)]
