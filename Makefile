@@ -8,12 +8,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench equivalence gpu-check clean
+.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench bench-data equivalence gpu-check clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt harness/data/_jpeg.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is too old, wrbench needs Python 3.11 or later; e.g. make PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
@@ -67,6 +67,9 @@ soak: setup
 
 bench: setup data/mnist5k
 	@$(BIN)/python -m tests.benchmarks.bench
+
+bench-data: setup
+	@$(BIN)/python -m tests.benchmarks.bench_data
 
 equivalence: setup
 	@$(BIN)/python -m tests.equivalence

@@ -58,6 +58,8 @@ def _no_bool(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
+Positive = Annotated[Number, Field(gt=0)]
+Share = Annotated[Number, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80, examples=["AdamWR"])]
 
 
@@ -75,6 +77,13 @@ class Data(Frozen):
     path: Path = Field(description="folder of the shards and their index", examples=["data/mnist5k"])
     num_classes: Whole = Field(ge=2, examples=[10])
     image_size: Whole = Field(ge=8, description="height and width fed to the model, pixels", examples=[28])
+    resize: Whole | None = Field(
+        None,
+        ge=8,
+        description="shorter side, pixels, that images are resized to before the central image_size x image_size is cut out; "
+        "null: they have that size already",
+        examples=[256],
+    )
     channels: Literal[1, 3] = Field(3, examples=[3])
     train_samples: Whole = Field(ge=1, description="samples in the train shards, holdout included", examples=[4000])
     holdout_per_class: Whole = Field(
@@ -97,6 +106,8 @@ class Data(Frozen):
                 f"holdout_per_class {self.holdout_per_class} of {self.num_classes} classes must be fewer than train_samples "
                 f"{self.train_samples}; e.g. {self.train_samples // self.num_classes // 10}"
             )
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(f"resize: {self.resize} must be at least image_size, {self.image_size}; e.g. {self.image_size * 8 // 7}")
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(f"{key} must have {self.channels} value(s), one a channel")
@@ -117,10 +128,39 @@ class Model(Frozen):
     name: ModelName = Field(examples=["mnist5k_cnn"])
 
 
+class Crop(Frozen):
+    """A random part of each training image, resized to image_size: torchvision's RandomResizedCrop, drawn anew every epoch."""
+
+    scale: tuple[Share, Share] = Field(
+        (0.08, 1.0), description="its area, uniform between these shares of the image's", examples=[[0.08, 1]]
+    )
+    ratio: tuple[Positive, Positive] = Field(
+        (3 / 4, 4 / 3), description="its width / height, log-uniform between", examples=[[0.75, 1.3333333333333333]]
+    )
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("must not descend")
+        return value
+
+
+class Shuffle(Frozen):
+    """Shuffled blocks of neighbouring samples, mixed some at a time: reads stay close together, for network file systems."""
+
+    block: Whole = Field(ge=1, description="neighbouring samples that stay together", examples=[1024])
+    blocks: Whole = Field(ge=1, description="blocks whose samples are mixed: what a node's file cache should hold", examples=[16])
+
+
 class Recipe(Frozen):
     """What defines the result and is neither optimizer, decay, schedule nor budget."""
 
     label_smoothing: Number = Field(0.0, ge=0, lt=1, description="in the trained loss only, never in a reported one", examples=[0.1])
+    crop: Crop | None = Field(None, description="null: training sees whole images, as evaluation does", examples=[{"scale": [0.08, 1]}])
+    shuffle: Shuffle | None = Field(
+        None, description="null: every order of all samples has the same chance", examples=[{"block": 1024, "blocks": 16}]
+    )
     translate: Whole = Field(0, ge=0, le=64, description="random shift of each training image, +- pixels, zero filled", examples=[2])
     flip: bool = Field(False, description="random horizontal flip of each training image")
     precision: Literal["fp32", "bf16", "fp64"] = Field(

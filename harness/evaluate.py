@@ -15,13 +15,13 @@ from harness.dist import Ranks
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], samples: int, ranks: Ranks) -> dict[str, float]:
     """{top1, top5, loss} over all ranks: fractions, and mean plain cross-entropy. Collective.
 
-    `batches` are this rank's (images uint8 (n, C, H, W), labels (n,)); `samples` is the size of the whole split, and
+    `batches` are this rank's (images uint8 (n, C, H, W), labels (n,)), in any memory format; `samples` is the size of the whole split, and
     any other count over the ranks raises RuntimeError.
     """
     top1 = top5 = loss = count = 0.0
     for images, labels in batches:
         labels = labels.to(ranks.device, non_blocking=True)
-        logits = model(images.to(ranks.device, non_blocking=True))
+        logits = model(images.to(ranks.device, non_blocking=True).contiguous())
         loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         top1 += float(hits[:, 0].sum())

@@ -37,7 +37,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         nullcontext(stop) if stop else StopRequest() as stop,
         Attempt(trial, folder, ranks, takes_over) as attempt,
     ):
-        data = loader.open_data(trial.workload.data)
+        data = loader.open_data(trial.workload.data, crops=trial.workload.recipe.crop is not None)
         worker = engine.build(trial, ranks)
         resumed = attempt.resume(worker, data_sha256=data.index.sha256)
         clock, answer = Clock(resumed.train_seconds, resumed.wait_seconds, ranks.device), resumed.answer

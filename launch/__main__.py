@@ -281,6 +281,21 @@ def verify(path: ShardsArgument, workers: WorkersOption = None) -> int:
     return _complain("\n".join(faults), 1) if faults else 0
 
 
+@shards.command("bench")
+def bench_shards(
+    path: Annotated[Path, typer.Argument(help="folder of the shards, or an index file")],
+    image_size: Annotated[int, typer.Option("--image-size", metavar="PIXELS", min=8, help="of the random crops, resized")] = 224,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="to feed")] = 8,
+    gpu_rate: Annotated[float, typer.Option("--gpu-rate", metavar="IMAGES/S", min=1, help="that one GPU trains on")] = 2500,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="to measure for")] = 10,
+) -> None:
+    """How fast these shards are read, decoded and resized here, and how many GPUs that feeds."""
+    from harness.data import bench
+
+    for line in bench.measure(path, image_size, seconds).lines(gpus, gpu_rate):
+        print(line)
+
+
 # -------------------------------------------------------------------------------------------------- results
 
 

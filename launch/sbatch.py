@@ -35,12 +35,15 @@ class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
             # Inside a job (--chain) the variables of that job would be taken for options. submitit prints what sbatch says.
             with submitit.helpers.clean_env(), redirect_stderr(StringIO()):
                 os.environ |= kept
-                return str(self._submit_command(command).job_id)
+                job = self._submit_command(command)
         except FailedJobError as error:
             said = re.findall(r"^sbatch: (?:error: |fatal: )?(.*)", str(error), re.M)
             raise slurm.SlurmError(f"sbatch: {'; '.join(said) or slurm.one_line(str(error))}") from None
         except FailedSubmissionError as error:
             raise slurm.SlurmError(f"sbatch: {slurm.one_line(str(error))}") from None
+        for link in self.folder.glob(".submission_file_*"):  # the script has its name by now, JOB_submission.sh
+            link.unlink()
+        return str(job.job_id)
 
 
 def executor(

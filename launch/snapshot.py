@@ -19,7 +19,7 @@ from pathlib import Path
 from harness import provenance
 from harness.provenance import ROOT
 
-PARTS = {"harness": ("*.py",), "launch": ("*.py",), "analysis": ("*.py", "*.html"), "configs": ("*.yaml",)}
+PARTS = {"harness": ("*.py", "*.so"), "launch": ("*.py",), "analysis": ("*.py", "*.html"), "configs": ("*.yaml",)}
 """folder -> what of it runs"""
 
 

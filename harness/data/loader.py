@@ -1,21 +1,21 @@
 """Batches of a trial: uint8 images and labels, in the exact order that `order` gives.
 
-A data set that fits in memory is read, checked and decoded once at start, and a batch is then two gathers; a larger one
-is read and decoded a batch at a time by a few threads (the decoders let go of the interpreter lock), some batches ahead.
-Pixels stay uint8 all the way: they are normalised on the device.
+A small data set whose training images are not cropped anew is read, checked and decoded once at start, and a batch is then
+two gathers. Else a few threads read, decode and resize each sample straight into its place in the batch, some batches ahead
+(file, decoder and resize let go of the interpreter lock). Pixels stay uint8 all the way: they are normalised on the device.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import queue
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -23,23 +23,28 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from harness import schedule
-from harness.config import Data, Trial
-from harness.data import order
-from harness.data.decode import Pixels, decode
+from harness.config import Data, Recipe, Trial
+from harness.data import decode, order
+from harness.data.decode import Box, Pixels
 from harness.data.index import CorruptSample, Index, IntArray
+from harness.data.resize import centre, resize, shorter_side
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""images, uint8 (n, channels, height, width), and labels, int64 (n,)"""
+"""images, uint8 (n, channels, height, width), and labels, int64 (n,); in pinned memory where there is CUDA"""
+Choose = Callable[[int, int], Box]
+"""(height, width) of an image -> the box of it that is seen"""
 
 DECODED_BYTES = 1 << 30
 """a data set of at most so many bytes of pixels is decoded at start and kept"""
 SUBSTITUTED_SHARE = 0.01
 """of the samples trained on; beyond it the data are broken, not blemished"""
-THREADS = min(8, len(os.sched_getaffinity(0)))
+THREADS = min(16, len(os.sched_getaffinity(0)))
 TOGETHER_BYTES = 1 << 18
 """pixels of small batches that are put together at once: a call of numpy costs more than a digit's copy"""
 AHEAD = 4
 """batches that may be ready before they are asked for"""
+PART = 8
+"""samples at most that a thread takes at once"""
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,22 @@ class DataSet:
     decoded at start, else those that this process came across.
     """
 
-    def __init__(self, index: Index, data: Data) -> None:
+    def __init__(self, index: Index, data: Data, crops: bool, threads: int) -> None:
         self.index = index
-        self._reader = _Reader(index, data)
+        self.threads = threads
+        reader = Reader(index, data)
         trained = index.train(data)
-        self._substitutes = _Substitutes(self._reader, trained)
-        load = self._substitutes if data.on_corrupt == "substitute" else self._reader
-        self.train = View(trained, load)
-        self.holdout = View(index.holdout(data), self._reader)
-        self.val = View(index.val(), self._reader)
-        self.pixels = data.channels * data.image_size**2
-        """bytes of one decoded image"""
-        if len(index.label) * self.pixels <= DECODED_BYTES:
-            for view in (self.train, self.holdout, self.val):
-                view.decode((data.channels, data.image_size, data.image_size))
+        self._substitutes = _Substitutes(reader, trained)
+        load: Load = self._substitutes if data.on_corrupt == "substitute" else reader
+        self.shape = (data.channels, data.image_size, data.image_size)
+        """of one image in a batch"""
+        view = partial(View, shape=self.shape, threads=threads)
+        self.train = view(trained, load)
+        self.holdout = view(index.holdout(data), reader)
+        self.val = view(index.val(), reader)
+        if len(index.label) * math.prod(self.shape) <= DECODED_BYTES:
+            for kept in (self.holdout, self.val) if crops else (self.train, self.holdout, self.val):
+                kept.decode()
 
     @property
     def substituted(self) -> list[Substitution]:
@@ -87,81 +94,113 @@ class DataSet:
         return self.train.part(np.sort(np.argsort(ranks, kind="stable")[:samples]))
 
 
-def open_data(data: Data) -> DataSet:
+def open_data(data: Data, crops: bool = False, threads: int = THREADS) -> DataSet:
     """Index and shards of `data`, checked; decoded too when that fits in memory.
 
+    crops: training sees other parts of its images every epoch, so that these are not decoded at start. threads: that read,
+    0 for the caller's own; batches do not depend on it.
+
     Raises BadInput, a line a mistake: no index, missing or truncated shards, other counts or classes than `data` says.
-    Raises CorruptSample, naming shard and key: a sample whose crc32 is wrong, that does not decode to image_size, or whose
-    label is outside the classes. With on_corrupt: substitute another sample takes its place *in training*, up to 1 % of the
-    samples trained on. In holdout and val nothing is ever substituted: every reported sample is counted exactly once.
+    Raises CorruptSample, naming shard and key: a sample whose crc32 is wrong, that does not decode, whose size is not
+    image_size where nothing is resized, or whose label is outside the classes. With on_corrupt: substitute another sample
+    takes its place *in training*, up to 1 % of the samples trained on. In holdout and val nothing is ever substituted:
+    every reported sample is counted exactly once.
     """
     index = Index.load(data.path)
     index.check(data)
-    return DataSet(index, data)
+    return DataSet(index, data, crops, threads)
 
 
 # ------------------------------------------------------------------------------------------- reading samples
 
 
-class _Reader:
-    """Reads single samples; safe in several threads. Never substitutes."""
+Load = Callable[[int, torch.Tensor, Choose | None], int]
+"""(number, out (1, channels, image_size, image_size) uint8, box or None: as in evaluation) -> label; the image is then in `out`"""
+
+
+class Reader:
+    """Reads single samples; safe in several threads. Never substitutes. Raises CorruptSample."""
 
     def __init__(self, index: Index, data: Data) -> None:
         self.index, self._data = index, data
         # a file object is closed when the last user lets go of it; a large set has more shards than a process may open
         self._open = lru_cache(maxsize=128)(lambda shard: open(index.folder / index.shards[shard].name, "rb", buffering=0))  # noqa: SIM115
+        self._scratch = threading.local()
 
-    def __call__(self, number: int) -> tuple[Pixels, int]:
-        """Image (channels, image_size, image_size) and label; CorruptSample."""
+    def __call__(self, number: int, out: torch.Tensor, choose: Choose | None = None) -> int:
+        """The label; the image, resized, in `out`: its box, or without one all of it as evaluation sees it."""
         index, data = self.index, self._data
         label = int(index.label[number])
         if not 0 <= label < data.num_classes:
             raise CorruptSample(index.label_fault(number, data.num_classes))
-        content = self._content(number)
+        pixels = self.pixels(number, self.content(number), choose or decode.whole)
+        if choose is not None:
+            resize(pixels, out)
+        else:
+            self._whole(number, pixels, out)
+        return label
+
+    def content(self, number: int) -> bytes:
+        """The bytes of the image, those that were indexed."""
+        index = self.index
+        try:
+            file = cast(BinaryIO, self._open(int(index.shard[number])))
+            content = os.pread(file.fileno(), int(index.size[number]), int(index.offset[number]))
+        except OSError as error:
+            raise CorruptSample(f"{index.where(number)}: cannot be read: {error.strerror or error}") from None
         if zlib.crc32(content) != index.crc32[number]:
             raise CorruptSample(f"{index.where(number)}: its bytes are not the indexed ones (crc32); restore the shard")
-        try:
-            image = decode(content, data.channels)
-        except ValueError as error:
-            raise CorruptSample(f"{index.where(number)}: does not decode: {error}; see: wrbench shards verify") from None
-        if image.shape[1:] != (data.image_size, data.image_size):
-            height, width = image.shape[1:]
-            raise CorruptSample(
-                f"{index.where(number)}: is {height}x{width}, workload.data.image_size is {data.image_size}; images are not resized"
-            )
-        return image, label
+        return content
 
-    def _content(self, number: int) -> bytes:
+    def pixels(self, number: int, content: bytes, choose: Choose) -> Pixels:
+        """(height, width, channels) of the chosen box, until this thread's next call."""
+        if not hasattr(self._scratch, "memory"):
+            self._scratch.memory = decode.Scratch()
         try:
-            file = cast(BinaryIO, self._open(int(self.index.shard[number])))
-            return os.pread(file.fileno(), int(self.index.size[number]), int(self.index.offset[number]))
-        except OSError as error:
-            raise CorruptSample(f"{self.index.where(number)}: cannot be read: {error.strerror or error}") from None
+            return decode.crop(content, self._data.channels, choose, self._scratch.memory)
+        except ValueError as error:
+            raise CorruptSample(f"{self.index.where(number)}: does not decode: {error}; see: wrbench shards verify") from None
+
+    def _whole(self, number: int, pixels: Pixels, out: torch.Tensor) -> None:
+        size, (height, width, channels) = self._data.image_size, pixels.shape
+        if self._data.resize is not None:
+            height, width = shorter_side(height, width, self._data.resize)
+            resized = torch.empty(1, height, width, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
+            resize(pixels, resized)
+            left, top, _, _ = centre(height, width, size)
+            out.copy_(resized[..., top : top + size, left : left + size])
+        elif (height, width) == (size, size):
+            resize(pixels, out)
+        else:
+            raise CorruptSample(
+                f"{self.index.where(number)}: is {height}x{width}, workload.data.image_size is {size}; to resize images set "
+                f"workload.data.resize, e.g. {size * 8 // 7}"
+            )
 
 
 class _Substitutes:
-    """Reads training samples; the next good one in the order of the index stands in for a corrupt one."""
+    """Reads training samples; the next good one in the order of the index stands in for a corrupt one, in its crop and place."""
 
-    def __init__(self, read: _Reader, trained: IntArray) -> None:
+    def __init__(self, read: Reader, trained: IntArray) -> None:
         self._read, self._trained = read, trained
         self.made: dict[int, Substitution] = {}
 
-    def __call__(self, number: int) -> tuple[Pixels, int]:
+    def __call__(self, number: int, out: torch.Tensor, choose: Choose | None = None) -> int:
         try:
-            return self._read(number)
+            return self._read(number, out, choose)
         except CorruptSample as fault:
             reason = str(fault)
         place = int(np.searchsorted(self._trained, number))
         for step in range(1, len(self._trained)):
             substitute = int(self._trained[(place + step) % len(self._trained)])
             try:
-                loaded = self._read(substitute)
+                label = self._read(substitute, out, choose)
             except CorruptSample:
                 continue
             self.made[number] = Substitution(number, substitute, reason)
             if len(self.made) > SUBSTITUTED_SHARE * len(self._trained):
                 break
-            return loaded
+            return label
         raise CorruptSample(
             f"{reason} (with this one {len(self.made)} of {len(self._trained)} training samples are corrupt: "
             f"over the limit of {SUBSTITUTED_SHARE:.0%} for on_corrupt: substitute)"
@@ -171,30 +210,30 @@ class _Substitutes:
 class View:
     """Some samples of a data set, at positions 0..len-1."""
 
-    def __init__(self, numbers: IntArray, load: Callable[[int], tuple[Pixels, int]]) -> None:
+    def __init__(self, numbers: IntArray, load: Load, shape: tuple[int, int, int], threads: int) -> None:
         self.numbers = numbers
         """their numbers in the index, ascending"""
-        self._load = load
+        self._load, self._shape, self._threads = load, shape, threads
         self._decoded: tuple[Pixels, IntArray] | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def decode(self, shape: tuple[int, int, int]) -> None:
-        """Read every sample now and keep the pixels; images have `shape`."""
-        images = np.empty((len(self), *shape), dtype=np.uint8)
+    def decode(self) -> None:
+        """Read every sample now and keep the pixels."""
+        images = np.empty((len(self), *self._shape), dtype=np.uint8)
         labels = np.empty(len(self), dtype=np.int64)
 
         def block(start: int) -> None:
-            for position in range(start, min(start + 64, len(self))):
-                images[position], labels[position] = self._load(int(self.numbers[position]))
+            part = np.arange(start, min(start + 64, len(self)))
+            self._read(part, torch.from_numpy(images)[part[0] :], torch.from_numpy(labels)[part[0] :], None)
 
-        with ThreadPoolExecutor(THREADS) as threads:
+        with ThreadPoolExecutor(max(1, self._threads)) as threads:
             list(threads.map(block, range(0, len(self), 64)))
         self._decoded = images, labels
 
     def part(self, positions: IntArray) -> View:
-        view = View(self.numbers[positions], self._load)
+        view = View(self.numbers[positions], self._load, self._shape, self._threads)
         if self._decoded is not None:
             images, labels = self._decoded
             view._decoded = images[positions], labels[positions]
@@ -204,19 +243,97 @@ class View:
     def is_decoded(self) -> bool:
         return self._decoded is not None
 
-    def gather(self, positions: IntArray) -> tuple[Pixels, IntArray]:
-        """Copies of decoded images (n, C, H, W) and labels (n,)."""
+    def gather(self, positions: IntArray) -> Batch:
+        """Copies of decoded images and labels."""
         assert self._decoded is not None
         images, labels = self._decoded
-        return images[positions], labels[positions]
+        return torch.from_numpy(images[positions]), torch.from_numpy(labels[positions])
 
-    def load(self, positions: IntArray, threads: ThreadPoolExecutor) -> tuple[Pixels, IntArray]:
-        """Images (n, C, H, W) and labels (n,), read and decoded now."""
-        images, labels = zip(*threads.map(self._load, self.numbers[positions].tolist()), strict=True)
-        return np.stack(images), np.array(labels, dtype=np.int64)
+    def read(self, requests: Iterator[Request]) -> Generator[Batch, None, None]:
+        """A batch for each request, read by threads that stay up to AHEAD batches ahead. Closing it ends them.
+
+        The batches are channels_last in memory, which is how decoders give pixels and where resizing is fastest.
+        """
+        if not self._threads:
+            for request in requests:
+                batch = self._empty(len(request.positions))
+                self._read(request.positions, *batch, request.augment)
+                yield batch
+            return
+        threads = ThreadPoolExecutor(self._threads)
+        running: deque[tuple[Batch, list[Future[None]]]] = deque()
+        try:
+            for request in requests:
+                n = len(request.positions)
+                images, labels = self._empty(n)
+                step = max(1, min(PART, n // (2 * self._threads)))
+                parts = [slice(start, start + step) for start in range(0, n, step)]
+                run = [threads.submit(self._read, request.positions[p], images[p], labels[p], request.augment) for p in parts]
+                running.append(((images, labels), run))
+                if len(running) > AHEAD:
+                    yield _finished(*running.popleft())
+            while running:
+                yield _finished(*running.popleft())
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _empty(self, n: int) -> Batch:
+        """Unwritten. Both allocators give the memory of batches that are gone again, CUDA's when no copy reads them any more."""
+        channels, height, width = self._shape
+        pinned = torch.cuda.is_available()
+        images = torch.empty(n, height, width, channels, dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)
+        return images, torch.empty(n, dtype=torch.int64, pin_memory=pinned)
+
+    def _read(self, positions: IntArray, images: torch.Tensor, labels: torch.Tensor, augment: Augment | None) -> None:
+        """The samples at `positions` into the first places of `images` and `labels`."""
+        for i, position in enumerate(positions.tolist()):
+            labels[i] = self._load(int(self.numbers[position]), images[i : i + 1], augment.choose(position) if augment else None)
+        if augment is not None:
+            augment.move(images[: len(positions)], positions)
+
+
+def _finished(batch: Batch, parts: list[Future[None]]) -> Batch:
+    for part in parts:
+        part.result()
+    return batch
 
 
 # --------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What training does to its images in one epoch, by position."""
+
+    recipe: Recipe
+    seed: int
+    epoch: int
+    samples: int
+
+    def choose(self, position: int) -> Choose | None:
+        """The random box, where the recipe has one."""
+        crop = self.recipe.crop
+        if crop is None:
+            return None
+        return lambda height, width: Box(*order.crop(self.seed, self.epoch, position, height, width, crop.scale, crop.ratio))
+
+    def move(self, images: torch.Tensor, positions: IntArray) -> None:
+        """Flip and shift `images` (n, C, H, W), in place."""
+        recipe = self.recipe
+        draws = order.augmentation(self.seed, self.epoch, self.samples, recipe.translate)
+        if recipe.flip:
+            for i in np.flatnonzero(draws.flip[positions]).tolist():
+                images[i] = images[i : i + 1].flip(-1)[0]
+        if recipe.translate:
+            images.copy_(torch.from_numpy(shifted(images.numpy(), draws.dx[positions], draws.dy[positions], recipe.translate)))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a batch is made of."""
+
+    positions: IntArray
+    augment: Augment | None = None
 
 
 def train_batches(
@@ -229,24 +346,27 @@ def train_batches(
     """
     view, recipe, batch = dataset.train, trial.workload.recipe, trial.budget.global_batch_size
     per_epoch, size = schedule.steps_per_epoch(trial), batch // world_size
-    together = max(1, TOGETHER_BYTES // (size * dataset.pixels))
+    windowed = order.Windowed(recipe.shuffle.block, recipe.shuffle.blocks) if recipe.shuffle else None
+    at_hand = view.is_decoded and recipe.crop is None
+    together = max(1, TOGETHER_BYTES // (size * math.prod(dataset.shape))) if at_hand else 1
 
-    def batches(fetch: Fetch) -> Iterator[Batch]:
+    def requests() -> Iterator[Request]:
         step = start_step
         while step < stop_step:
             steps = range(step, min(step + together, stop_step, (step // per_epoch + 1) * per_epoch))
-            drawn = (order.batch_positions(trial.seed, s, per_epoch, batch, len(view)) for s in steps)
+            drawn = (order.batch_positions(trial.seed, s, per_epoch, batch, len(view), windowed) for s in steps)
             positions = np.concatenate([order.share(positions, rank, world_size) for positions in drawn])
-            images, labels = fetch(positions)
-            draws = order.augmentation(trial.seed, step // per_epoch, len(view), recipe.translate)
-            if recipe.flip:
-                images = flipped(images, draws.flip[positions])
-            if recipe.translate:
-                images = shifted(images, draws.dx[positions], draws.dy[positions], recipe.translate)
-            yield from zip(torch.from_numpy(images).split(size), torch.from_numpy(labels).split(size), strict=True)
+            yield Request(positions, Augment(recipe, trial.seed, step // per_epoch, len(view)))
             step = steps.stop
 
-    return _run(view, batches)
+    if not at_hand:
+        yield from view.read(requests())
+        return
+    for request in requests():  # inline: a batch costs less than handing it from thread to thread
+        images, labels = view.gather(request.positions)
+        assert request.augment is not None
+        request.augment.move(images, request.positions)
+        yield from zip(images.split(size), labels.split(size), strict=True)
 
 
 def eval_batches(view: View, rank: int, world_size: int, batch_size: int) -> Generator[Batch, None, None]:
@@ -255,61 +375,11 @@ def eval_batches(view: View, rank: int, world_size: int, batch_size: int) -> Gen
     Nothing is padded and nothing is collective; ranks may differ in their number of batches, and may have none.
     """
     start, stop = (len(view) * r // world_size for r in (rank, rank + 1))
-
-    def batches(fetch: Fetch) -> Iterator[Batch]:
-        for first in range(start, stop, batch_size):
-            images, labels = fetch(np.arange(first, min(first + batch_size, stop)))
-            yield torch.from_numpy(images), torch.from_numpy(labels)
-
-    return _run(view, batches)
-
-
-Fetch = Callable[[IntArray], tuple[Pixels, IntArray]]
-
-
-def _run(view: View, batches: Callable[[Fetch], Iterator[Batch]]) -> Generator[Batch, None, None]:
-    """Inline when the pixels are at hand: a batch costs less than handing it from thread to thread."""
+    parts = (np.arange(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size))
     if view.is_decoded:
-        yield from batches(view.gather)
-        return
-    with ThreadPoolExecutor(THREADS) as threads, closing(_ahead(batches(lambda p: view.load(p, threads)))) as ready:
-        yield from ready
-
-
-def _ahead(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-    """`batches`, run up to AHEAD items ahead by one thread; an exception there is raised here. Closing it ends the thread."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
-    closed = threading.Event()
-
-    def run() -> None:
-        last: BaseException | None = None
-        try:
-            for batch in batches:
-                ready.put(batch)
-                if closed.is_set():
-                    return
-        except BaseException as error:
-            last = error
-        ready.put(last)
-
-    thread = threading.Thread(target=run, name="batches ahead", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
-        while not ready.empty():  # room for the one item that the thread may still have to put
-            ready.get_nowait()
-        thread.join()
-
-
-def flipped(images: Pixels, flip: np.ndarray) -> Pixels:
-    """`images` (n, C, H, W), those with flip[i] mirrored left to right, in place."""
-    images[flip] = images[flip, ..., ::-1]
-    return images
+        yield from map(view.gather, parts)
+    else:
+        yield from view.read(Request(positions) for positions in parts)
 
 
 def shifted(images: Pixels, dx: IntArray, dy: IntArray, most: int) -> Pixels:

@@ -1,4 +1,4 @@
-"""Which sample stands where, and how it is shifted: pure functions of the seed and the step.
+"""Which sample stands where, and how it is cut and shifted: pure functions of the seed and the step.
 
 Nothing here depends on ranks, workers or the arm, so arms with one seed see the same images in the same order, whatever
 they run on. Counter-based random numbers (Philox), keyed: any epoch is drawn directly, and a resume replays nothing. Only the
@@ -9,6 +9,7 @@ A *position* is a place in the view of the samples trained on, 0..n-1.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 
-ORDER, AUGMENTATION = 1, 2  # streams that share no random word
+ORDER, AUGMENTATION, CROP, BLOCKS = 1, 2, 3, 4  # streams that share no random word
 
 
 class Augmentation(NamedTuple):
@@ -31,15 +32,32 @@ class Augmentation(NamedTuple):
     """left and right exchanged"""
 
 
+class Windowed(NamedTuple):
+    """Neighbours are read together: blocks of neighbouring positions in random order, the positions of some blocks mixed."""
+
+    block: int
+    """positions"""
+    blocks: int
+    """that are mixed"""
+
+
 @lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, n: int) -> IntArray:
-    """The epoch's order of all n positions; read-only, shape (n,). Every order has the same chance."""
-    order = np.argsort(_words(seed, ORDER, epoch, n), kind="stable")
+def permutation(seed: int, epoch: int, n: int, windowed: Windowed | None = None) -> IntArray:
+    """The epoch's order of all n positions; read-only, shape (n,). Every order has the same chance, or every windowed one."""
+    words = _words(seed, ORDER, epoch, n)
+    if windowed is None:
+        order = np.argsort(words, kind="stable")
+    else:
+        place = np.argsort(np.argsort(_words(seed, BLOCKS, epoch, -(-n // windowed.block)), kind="stable"))
+        window = place[np.arange(n) // windowed.block] // windowed.blocks
+        order = np.lexsort((words, window))
     order.setflags(write=False)
     return order
 
 
-def batch_positions(seed: int, step: int, steps_per_epoch: int, global_batch_size: int, n: int) -> IntArray:
+def batch_positions(
+    seed: int, step: int, steps_per_epoch: int, global_batch_size: int, n: int, windowed: Windowed | None = None
+) -> IntArray:
     """Positions of the global batch of a 0-based optimizer step, shape (global_batch_size,).
 
     An epoch is its first steps_per_epoch * global_batch_size <= n places in the permutation, each position at most once.
@@ -47,7 +65,7 @@ def batch_positions(seed: int, step: int, steps_per_epoch: int, global_batch_siz
     if not 0 < steps_per_epoch * global_batch_size <= n:
         raise ValueError(f"{steps_per_epoch} batches of {global_batch_size} do not fit {n} samples")
     epoch, batch = divmod(step, steps_per_epoch)
-    return permutation(seed, epoch, n)[batch * global_batch_size : (batch + 1) * global_batch_size]
+    return permutation(seed, epoch, n, windowed)[batch * global_batch_size : (batch + 1) * global_batch_size]
 
 
 def share(positions: IntArray, rank: int, world_size: int) -> IntArray:
@@ -75,7 +93,30 @@ def augmentation(seed: int, epoch: int, n: int, translate: int) -> Augmentation:
     return draws
 
 
+def crop(
+    seed: int, epoch: int, position: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """The random box (left, top, width, height) of an image that training sees of a position in an epoch, in pixels.
+
+    Distributed as torchvision's RandomResizedCrop: an area uniform in `scale`, a width / height log-uniform in `ratio`, ten
+    tries for a box that fits, and then the largest central one whose shape is within `ratio`.
+    """
+    words = np.random.Philox(key=_key(seed, CROP, epoch), counter=np.array([0, position, 0, 0], dtype=np.uint64))
+    for _ in range(10):
+        area, shape, x, y = words.random_raw(4).tolist()
+        pixels = height * width * (scale[0] + (scale[1] - scale[0]) * area / 2**64)
+        aspect = math.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * shape / 2**64)
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return (width - w + 1) * x >> 64, (height - h + 1) * y >> 64, w, h
+    w, h = min(width, max(1, round(height * ratio[1]))), min(height, max(1, round(width / ratio[0])))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
 def _words(seed: int, stream: int, epoch: int, n: int) -> npt.NDArray[np.uint64]:
     """n random 64-bit words that no other (seed, stream, epoch) shares."""
-    key = np.array([seed, stream << 32 | epoch], dtype=np.uint64)
-    return np.asarray(np.random.Philox(key=key).random_raw(n), dtype=np.uint64)
+    return np.asarray(np.random.Philox(key=_key(seed, stream, epoch)).random_raw(n), dtype=np.uint64)
+
+
+def _key(seed: int, stream: int, epoch: int) -> npt.NDArray[np.uint64]:
+    return np.array([seed, stream << 32 | epoch], dtype=np.uint64)

@@ -485,13 +485,15 @@ def _mixed_split(labels: IntArray, train_per_class: int) -> tuple[IntArray, IntA
 def fixture(request: Request) -> Source:
     """Photographs that come with wrbench's libraries, cut and scaled to look like ImageNet, as many as are wanted."""
     try:
-        from harness.data import fixture as generator  # type: ignore[attr-defined]
+        import skimage  # noqa: F401
     except ImportError:
-        raise BadInput("fixture: this wrbench has no generator of photographs (harness.data.fixture)") from None
+        raise BadInput("fixture: its photographs come with scikit-image, which is not installed; pip install scikit-image") from None
+    from harness.data.fixture import samples
+
     listings: dict[str, list[Where]] = {"train": [], "val": []}
     path = request.spool / "fixture.raw"
     with open(path, "wb") as file:
-        for split, key, label, content in generator.samples(request.samples):
+        for split, key, label, content in samples(request.samples):
             listings[split].append(Where(key, label, 0, file.tell(), len(content)))
             file.write(content)
     return Source(Listing.of(listings["train"]), Listing.of(listings["val"]), (str(path),), ())

@@ -127,6 +127,21 @@ def test_unreadable_yaml(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_resize_and_crop() -> None:
+    """New fields with a default change no id; what cannot be is refused."""
+    assert trial().trial_id == "2fdc4566be16"
+    cropped = trial(data={"resize": 32}, recipe={"crop": {"ratio": [1, 1]}})
+    assert cropped.identity()["data"]["resize"] == 32 and cropped.identity()["recipe"] == {"crop": {"ratio": [1, 1]}}
+    assert trial(recipe={"crop": {}}).trial_id not in (cropped.trial_id, trial().trial_id)
+    for over, said in (
+        ({"data": {"resize": 20}}, "workload.data.resize: 20 must be at least image_size, 28; e.g. 32"),
+        ({"recipe": {"crop": {"scale": [0.5, 0.1]}}}, r"workload.recipe.crop.scale: \[0.5, 0.1\] must not descend; e.g. \[0.08, 1\]"),
+        ({"recipe": {"crop": {"scale": [0, 1]}}}, "workload.recipe.crop.scale.0: 0 must be greater than 0"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            trial(**over)
+
+
 def test_global_batch_and_micro_batch_must_divide() -> None:
     t = trial(budget={"epochs": 1, "global_batch_size": 100})
     assert [t.micro_batch_size(w) for w in (1, 2, 4, 5)] == [100, 50, 25, 20]

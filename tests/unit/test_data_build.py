@@ -135,6 +135,14 @@ def test_pixels_are_stored_without_loss(kind, tmp_path):
     assert len(Index.load(tmp_path / "out").val()) == sum(key.startswith(("val", "test")) for key in images)
 
 
+def test_photographs_that_come_with_wrbench(tmp_path):
+    from harness.data import fixture
+
+    build("fixture", None, tmp_path / "out", samples=10)
+    found = {s["__key__"]: (int(s["cls"]), s["jpg"]) for split in ("train", "val") for s in read(tmp_path / "out", split)}
+    assert found == {s.key: (s.label, s.content) for s in fixture.samples(10)}
+
+
 def test_the_same_bytes_whatever_the_number_of_workers(tmp_path):
     sources.ilsvrc2012(tmp_path / "src")
     for workers in (1, 3):

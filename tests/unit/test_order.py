@@ -17,6 +17,8 @@ def digest(array):
 GOLDEN_SMALL = [3, 8, 5, 9, 6, 0, 7, 1, 4, 2]
 GOLDEN_ORDER = "eb3862876cb9999e"
 GOLDEN_AUGMENTATION = "0ebc046afe9d645a"
+GOLDEN_CROP = (216, 100, 199, 181)
+GOLDEN_FAR_CROP = (122, 50, 189, 185)
 
 
 def test_golden_values():
@@ -48,6 +50,24 @@ def test_every_place_is_equally_likely():
     for epoch in range(2000):
         counts[np.arange(10), order.permutation(1, epoch, 10)] += 1
     assert ((counts - 200) ** 2 / 200).sum() < 160
+
+
+def test_a_windowed_order_keeps_blocks_together():
+    """Every position once; at any time from few blocks only; blocks and what they are mixed with differ between epochs."""
+    n, windowed = 1003, order.Windowed(block=10, blocks=4)
+    orders = [order.permutation(3, epoch, n, windowed) for epoch in range(20)]
+    for places in orders:
+        assert sorted(places.tolist()) == list(range(n))
+        blocks = places // 10
+        assert all(len(set(blocks[i : i + 40].tolist())) <= 12 for i in range(0, n, 7)), "of three windows at most"
+        assert not (np.diff(places) == 1).mean() > 0.1, "mixed inside"
+    assert len({tuple(o.tolist()) for o in orders}) == 20
+    assert np.corrcoef(orders[0], orders[1])[0, 1] < 0.2
+    together = np.mean([len(set((o[:37] // 10).tolist()) & set((orders[0][:37] // 10).tolist())) for o in orders[1:]])
+    assert together < 1.5, "other blocks are mixed in another epoch"
+    seen = np.concatenate([order.batch_positions(3, s, 100, 10, n, windowed) for s in range(100, 200)])
+    assert seen.tolist() == orders[1][:1000].tolist()
+    assert (order.permutation(3, 5, n, order.Windowed(n, 1)) == order.permutation(3, 5, n)).all()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
@@ -84,6 +104,30 @@ def test_augmentation_of_a_sample_does_not_depend_on_how_many_there_are():
     assert not (few.dx == order.augmentation(2, 2, 100, 3).dx).all()
     assert not (few.dx == order.augmentation(3, 1, 100, 3).dx).all()
     assert not order.augmentation(2, 1, 100, 0).dx.any()
+
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def test_a_crop_is_of_seed_epoch_and_position_alone():
+    """Golden values, as those of the order; a million epochs and a billion positions on, without a draw in between."""
+    assert order.crop(7, 3, 12, 375, 500, SCALE, RATIO) == GOLDEN_CROP
+    assert order.crop(7, 10**6, 10**9, 375, 500, SCALE, RATIO) == GOLDEN_FAR_CROP
+    boxes = {order.crop(s, e, p, 375, 500, SCALE, RATIO) for s in range(4) for e in range(4) for p in range(4)}
+    assert len(boxes) == 64
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (1, 1), (1, 500), (500, 1), (90, 60), (17, 400)])
+@pytest.mark.parametrize("ratio", [RATIO, (0.01, 0.02), (5.0, 5.0)])
+def test_a_crop_lies_in_its_image(height, width, ratio):
+    for position in range(300):
+        left, top, w, h = order.crop(1, 0, position, height, width, SCALE, ratio)
+        assert left >= 0 and top >= 0 and w >= 1 and h >= 1 and left + w <= width and top + h <= height
+
+
+def test_an_image_that_no_box_fits_is_cropped_at_its_centre():
+    assert order.crop(0, 0, 0, 100, 1000, (1.0, 1.0), RATIO) == (433, 0, 133, 100)
+    assert order.crop(0, 0, 0, 1000, 100, (1.0, 1.0), RATIO) == (0, 433, 100, 133)
 
 
 def test_cached_arrays_cannot_be_changed_by_a_caller():
