@@ -99,7 +99,7 @@ def folder(root: Path, flat: bool = False, val: int = 6) -> dict[str, tuple[int,
             path = root / "train" / name / ("deep" if i == 4 else "") / f"{i}.{('JPEG', 'jpg', 'jpeg', 'JPG')[i % 4]}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-            images[path.relative_to(root / "train").with_suffix("").as_posix()] = (place, content)
+            images[path.relative_to(root).with_suffix("").as_posix()] = (place, content)
         (root / "train" / name / ".DS_Store").write_bytes(b"?")
         (root / "train" / name / "readme.txt").write_text("?")
     for i in range(val):
@@ -107,7 +107,7 @@ def folder(root: Path, flat: bool = False, val: int = 6) -> dict[str, tuple[int,
         path = root / "val" / ("" if flat else ("cat", "dog")[i % 2]) / f"v{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        images[path.relative_to(root / "val").with_suffix("").as_posix()] = (i % 2, content)
+        images[path.relative_to(root).with_suffix("").as_posix()] = (i % 2, content)
     return images
 
 

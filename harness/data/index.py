@@ -170,8 +170,6 @@ class Index:
 
         A label outside the classes is left to the reader where data.on_corrupt lets it be substituted: in training.
         """
-        if isinstance(self.folder, Address):
-            raise BadInput(f"{self.folder}: training reads local shards; copy these to a folder, and run: wrbench shards index FOLDER")
         lines = self.changed_files()
         trained = self.train(data)
         for key, samples, split in (("train_samples", data.train_samples, "train"), ("val_samples", data.val_samples, "val")):
@@ -217,16 +215,27 @@ class Index:
         )
 
     def changed_files(self) -> list[str]:
-        """A line for every shard that is missing or whose size is not the indexed one."""
+        """A line for every shard that is missing or whose size is not the indexed one. OSError when a server is gone."""
         with ThreadPoolExecutor(16) as threads:  # a network filesystem answers each in its own time
-            return [line for line in threads.map(self._changed, self.shards) if line is not None]
+            try:
+                return [line for line in threads.map(self._changed, self.shards) if line is not None]
+            finally:
+                threads.shutdown(cancel_futures=True)
 
     def _changed(self, shard: Shard) -> str | None:
-        path = Path(self.folder / shard.name)
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            return f"{path}: {error.strerror or error}, but it is in the index; restore it or index again"
+        path = self.folder / shard.name
+        if isinstance(path, Address):
+            from harness.data import remote
+
+            found = remote.size(path)
+            if found is None:
+                return f"{path}: does not exist, but it is in the index; restore it or index again"
+            size = found
+        else:
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                return f"{path}: {error.strerror or error}, but it is in the index; restore it or index again"
         if size == shard.bytes:
             return None
         what = "truncated" if size < shard.bytes else "changed since it was indexed"

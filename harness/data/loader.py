@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from harness.config import Data, Recipe, Trial
 from harness.data import decode, order
 from harness.data.decode import Box, Pixels
 from harness.data.index import CorruptSample, Index, IntArray
+from harness.data.remote import Unreachable, reader
 from harness.data.resize import centre, resize, shorter_side
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -124,7 +124,7 @@ class Reader:
     def __init__(self, index: Index, data: Data) -> None:
         self.index, self._data = index, data
         # a file object is closed when the last user lets go of it; a large set has more shards than a process may open
-        self._open = lru_cache(maxsize=128)(lambda shard: open(index.folder / index.shards[shard].name, "rb", buffering=0))  # noqa: SIM115
+        self._open = lru_cache(maxsize=128)(lambda shard: reader(index.folder / index.shards[shard].name))
         self._scratch = threading.local()
 
     def __call__(self, number: int, out: torch.Tensor, choose: Choose | None = None) -> int:
@@ -144,8 +144,9 @@ class Reader:
         """The bytes of the image, those that were indexed."""
         index = self.index
         try:
-            file = cast(BinaryIO, self._open(int(index.shard[number])))
-            content = os.pread(file.fileno(), int(index.size[number]), int(index.offset[number]))
+            content = self._open(int(index.shard[number])).read(int(index.offset[number]), int(index.size[number]))
+        except Unreachable:  # is no fault of the sample, which nothing may replace
+            raise
         except OSError as error:
             raise CorruptSample(f"{index.where(number)}: cannot be read: {error.strerror or error}") from None
         if zlib.crc32(content) != index.crc32[number]:

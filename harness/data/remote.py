@@ -58,6 +58,19 @@ def open_shard(path: Path | Address) -> BinaryIO:
     return open(path, "rb") if isinstance(path, Path) else io.BufferedReader(_File(RemoteShard(path, node_cache())), 1 << 20)
 
 
+class LocalShard:
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed when the last user lets go of it
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset)
+
+
+def reader(path: Path | Address) -> LocalShard | RemoteShard:
+    """read(offset, size) of a shard, wherever it lies, in any thread; OSError, BadInput."""
+    return LocalShard(path) if isinstance(path, Path) else RemoteShard(path, node_cache())
+
+
 def size(path: Path | Address) -> int | None:
     """Bytes of a shard, wherever it lies; None when there is none."""
     if isinstance(path, Path):

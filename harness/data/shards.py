@@ -78,7 +78,10 @@ def _remote(text: str) -> list[str]:
 def sizes(folder: Path | Address, names: Sequence[str]) -> list[int]:
     """Bytes of each shard, 0 for one that is not there."""
     with ThreadPoolExecutor(16) as threads:
-        return [found or 0 for found in threads.map(lambda name: size(folder / name), names)]
+        try:
+            return [found or 0 for found in threads.map(lambda name: size(folder / name), names)]
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def split_of(name: str) -> str:

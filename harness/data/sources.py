@@ -292,8 +292,7 @@ def _by_class(parent: Path, classes: Sequence[str]) -> Iterator[tuple[str, int, 
     for label, name in enumerate(classes):
         if (parent / name).is_dir():
             for path in _images(parent / name, deep=True):
-                relative = path.relative_to(parent)
-                yield (relative.parent / _key(path)).as_posix(), label, path
+                yield _key(path, parent.parent), label, path
 
 
 def _labelled(images: Sequence[Path], labels: dict[str, int], source: Path) -> Iterator[tuple[str, int, Path]]:
@@ -301,12 +300,12 @@ def _labelled(images: Sequence[Path], labels: dict[str, int], source: Path) -> I
         label = labels.get(path.name, labels.get(path.stem))
         if label is None:
             raise BadInput(f"{source}: has no line for {path}")
-        yield _key(path), label, path
+        yield _key(path, path.parent.parent), label, path
 
 
-def _key(path: Path) -> str:
-    """Its name without the ending. A dot would end the key, by the rules of WebDataset."""
-    return path.stem.replace(".", "_")
+def _key(path: Path, src: Path) -> str:
+    """Its path below SRC without the ending. A dot in the name would end the key, by the rules of WebDataset."""
+    return (path.relative_to(src).parent / path.stem.replace(".", "_")).as_posix()
 
 
 def _images(parent: Path, deep: bool) -> Iterator[Path]:

@@ -41,9 +41,9 @@ def synthetic(samples: int) -> Index:
     """Train shards of 1,000 samples with ImageNet's names, and one val shard."""
     rng = np.random.default_rng(0)
     parts = []
-    for number, start in enumerate(range(0, samples + SHARD, SHARD)):
-        count = min(SHARD, samples - start) or SHARD
-        is_val = start >= samples
+    for number, start in enumerate([*range(0, samples, SHARD), samples]):
+        is_val = start == samples
+        count = SHARD if is_val else min(SHARD, samples - start)
         sizes = rng.integers(20_000, 200_000, count).astype(np.uint32)
         labels = rng.permutation(CLASSES)[:count].astype(np.int32)
         keys = np.array([f"n{label:08d}/n{label:08d}_{start + i}".encode() for i, label in enumerate(labels)], dtype=np.bytes_)
@@ -52,8 +52,6 @@ def synthetic(samples: int) -> Index:
         digest = rng.integers(0, 2**64, count, dtype=np.uint64)
         crc32 = rng.integers(0, 2**32, count).astype(np.uint32)
         parts.append(Part(shard, keys, np.full(count, b"jpg"), offset, sizes, labels, crc32, digest))
-        if is_val:
-            break
     return Index.make(Path(), parts)
 
 

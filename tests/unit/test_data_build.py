@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import shutil
 import tarfile
 from collections import Counter
 
@@ -74,17 +73,18 @@ def test_mnist5k_is_the_real_digits(mnist5k):
     assert sorted(seen) == list(range(5000))
 
 
-def test_nothing_to_do_over_its_own_complete_output(mnist5k, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(mnist5k, out)
+def test_nothing_to_do_over_its_own_complete_output(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    sources.folder(src)
+    build("folder", src, out)
     times = {f: f.stat().st_mtime_ns for f in out.iterdir()}
-    assert build("mnist5k", None, out) == f"{out}: complete already, nothing to do: 4000 train and 1000 val samples in 6 shards"
+    assert build("folder", src, out) == f"{out}: complete already, nothing to do: 10 train and 6 val samples in 2 shards"
     assert {f: f.stat().st_mtime_ns for f in out.iterdir()} == times
-    assert "holds another build (quality None, asked for 95)" in one_line(build, "mnist5k", None, out, Options(quality=95))
-    damaged = out / "train-000001.tar"
+    assert "holds another build (quality None, asked for 95)" in one_line(build, "folder", src, out, Options(quality=95))
+    damaged = out / "train-000000.tar"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert "train-000001.tar: truncated" in one_line(build, "mnist5k", None, out)
-    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    assert "train-000000.tar: truncated" in one_line(build, "folder", src, out)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "src"]
 
 
 def test_two_builds_at_once(tmp_path):
@@ -114,7 +114,7 @@ def test_images_are_stored_as_they_are(kind, tmp_path):
         about = json.loads(found[key]["json"])
         assert (int(found[key]["cls"]), about["label"], found[key][extension]) == (label, label, content)
         assert about["class"] == (sources.SORTED if kind == "ilsvrc2012" else ["cat", "dog"])[label]
-    assert {s["__key__"] for s in samples["val"]} == {k for k in images if "val" in k or "/v" in k}
+    assert {s["__key__"] for s in samples["val"]} == {k for k in images if "val" in k}
     keys = [s["__key__"] for s in samples["train"]]
     assert keys != sorted(keys)
     assert verify(out).findings == []
@@ -133,6 +133,14 @@ def test_pixels_are_stored_without_loss(kind, tmp_path):
         assert int(found[key]["cls"]) == label
         assert (np.array(Image.open(io.BytesIO(found[key]["png"]))) == pixels).all()
     assert len(Index.load(tmp_path / "out").val()) == sum(key.startswith(("val", "test")) for key in images)
+
+
+def test_photographs_that_come_with_wrbench(tmp_path):
+    from harness.data import fixture
+
+    build("fixture", None, tmp_path / "out", samples=10)
+    found = {s["__key__"]: (int(s["cls"]), s["jpg"]) for split in ("train", "val") for s in read(tmp_path / "out", split)}
+    assert found == {s.key: (s.label, s.content) for s in fixture.samples(10)}
 
 
 def test_the_same_bytes_whatever_the_number_of_workers(tmp_path):
@@ -154,7 +162,9 @@ def test_a_flat_val_folder_has_its_labels_in_a_file(tmp_path):
     )):  # fmt: skip
         labels.write_text(text)
         build("folder", tmp_path / "src", tmp_path / str(number), labels=labels)
-        assert {s["__key__"]: int(s["cls"]) for s in read(tmp_path / str(number), "val")} == {n: images[n][0] for n in names}
+        assert {s["__key__"]: int(s["cls"]) for s in read(tmp_path / str(number), "val")} == {
+            f"val/{n}": images[f"val/{n}"][0] for n in names
+        }
     labels.write_text("v0.jpg cow")
     assert "labels: line 1: 'cow' is no class; e.g. cat" in one_line(build, "folder", tmp_path / "src", tmp_path / "x", labels=labels)
     labels.write_text("v0.jpg cat")
@@ -169,14 +179,14 @@ def test_encoding_again(tmp_path):
     found = {s["__key__"]: s["jpg"] for s in read(tmp_path / "side", "train")}
     for key, content in found.items():
         image = Image.open(io.BytesIO(content))
-        assert image.size == ((24, 48) if key == "cat/small" else (48, 36))
+        assert image.size == ((24, 48) if key == "train/cat/small" else (48, 36))
         assert image.mode == "RGB"
-    assert found["cat/small"] == sources.encoded(8, width=24)
+    assert found["train/cat/small"] == sources.encoded(8, width=24)
     expected = Image.fromarray(sources.cut(3)).resize((48, 36), Image.Resampling.LANCZOS)
-    assert np.abs(np.asarray(expected).astype(int) - np.asarray(Image.open(io.BytesIO(found["cat/3"])))).mean() < 6
+    assert np.abs(np.asarray(expected).astype(int) - np.asarray(Image.open(io.BytesIO(found["train/cat/3"])))).mean() < 6
     build("folder", tmp_path / "src", tmp_path / "quality", Options(quality=30))
     smaller = {s["__key__"]: s["jpg"] for s in read(tmp_path / "quality", "train")}
-    assert Image.open(io.BytesIO(smaller["cat/0"])).size == (64, 48) and len(smaller["cat/1"]) < len(sources.encoded(1))
+    assert Image.open(io.BytesIO(smaller["train/cat/0"])).size == (64, 48) and len(smaller["train/cat/1"]) < len(sources.encoded(1))
     assert [*verify(tmp_path / "side").findings, *verify(tmp_path / "quality").findings] == []
 
 
@@ -199,7 +209,8 @@ def test_what_build_refuses(tmp_path):
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    assert "did not make" in one_line(build, "mnist5k", None, out)
+    sources.folder(tmp_path / "images")
+    assert "did not make" in one_line(build, "folder", tmp_path / "images", out)
     assert [f.name for f in out.iterdir()] == ["thesis.tex"]
 
 
@@ -230,13 +241,13 @@ def test_bad_images_are_named(tmp_path):
     src = tmp_path / "src"
     sources.folder(src)
     (src / "train" / "dog" / "9.jpg").write_bytes(b"GIF89a")
-    assert "dog/9.jpg: sample dog/9: is neither JPEG nor PNG" in one_line(build, "folder", src, tmp_path / "out")
+    assert "dog/9.jpg: sample train/dog/9: is neither JPEG nor PNG" in one_line(build, "folder", src, tmp_path / "out")
     (src / "train" / "dog" / "9.jpg").write_bytes(sources.encoded(9)[:300])
-    assert "dog/9.jpg: sample dog/9: " in one_line(build, "folder", src, tmp_path / "other", Options(quality=50))
+    assert "dog/9.jpg: sample train/dog/9: " in one_line(build, "folder", src, tmp_path / "other", Options(quality=50))
     (src / "train" / "dog" / "9.jpg").rename(src / "train" / "dog" / "9.webp")
     assert "is a webp" in one_line(build, "folder", src, tmp_path / "third")
     (src / "train" / "dog" / "9.webp").rename(src / "train" / "dog" / "1.png")
-    assert "two samples have the key dog/1" in one_line(build, "folder", src, tmp_path / "third")
+    assert "two samples have the key train/dog/1" in one_line(build, "folder", src, tmp_path / "third")
 
 
 def test_another_build_does_not_go_on_from_a_failed_one(tmp_path):
@@ -287,7 +298,7 @@ def test_long_and_unusual_names(tmp_path):
         (src / "train" / "cat" / name).write_bytes(sources.encoded(len(name)))
     build("folder", src, tmp_path / "out")
     keys = {s["__key__"] for s in read(tmp_path / "out", "train")}
-    assert {"cat/" + "x" * 140, "cat/a_b_c", "cat/größe"} < keys
-    assert keys == {k.decode() for k in Index.load(tmp_path / "out").key.tolist() if b"/v" not in k}
+    assert {"train/cat/" + "x" * 140, "train/cat/a_b_c", "train/cat/größe"} < keys
+    assert keys == {k.decode() for k in Index.load(tmp_path / "out").key.tolist() if not k.startswith(b"val")}
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
-        assert f"cat/{'x' * 140}.jpg" in tar.getnames()
+        assert f"train/cat/{'x' * 140}.jpg" in tar.getnames()

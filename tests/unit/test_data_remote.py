@@ -1,9 +1,11 @@
 """Shards over http: the same bytes from a server that drops and stalls connections, one clear error from one that is gone."""
 
+import shutil
+
 import numpy as np
 import pytest
 
-from harness.config import BadInput, Data
+from harness.config import BadInput
 from harness.data import remote, shards
 from harness.data.index import Address, Index
 from harness.data.remote import Cache, RemoteShard, Unreachable
@@ -88,7 +90,7 @@ def test_what_is_no_shard(tmp_path, content):
 
 
 def test_an_index_of_remote_shards_is_that_of_local_ones(tmp_path, monkeypatch):
-    """Made and verified through a server that drops connections; training says that it reads local shards."""
+    """Made and verified through a server that drops connections."""
     monkeypatch.setenv("WRBENCH_CACHE", str(tmp_path / "cache"))
     folder = tars.small(tmp_path / "www")
     local = shards.index_shards(folder, tmp_path / "local")
@@ -107,7 +109,38 @@ def test_an_index_of_remote_shards_is_that_of_local_ones(tmp_path, monkeypatch):
         with pytest.raises(BadInput, match="with --out DIR"):
             shards.index_shards(listed)
     assert faults.made
-    with pytest.raises(BadInput, match="training reads local shards; copy these to a folder"):
-        loaded.check(Data.model_validate(tars.DATA | {"path": "unused"}))
     with pytest.raises(Unreachable, match="cannot be read after 5 attempts"):
         shards.index_shards(listed, tmp_path / "x")
+
+
+def test_an_epoch_over_http_is_that_of_local_shards(tmp_path, monkeypatch):
+    """Equal batches from a server that drops and stalls connections; one that is gone is an error, and never substituted."""
+    import torch
+
+    from harness.data import loader
+    from tests.trials import trial
+
+    monkeypatch.setenv("WRBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loader, "DECODED_BYTES", 0)
+    folder = tars.small(tmp_path / "www")
+    shards.index_shards(folder)
+
+    def epochs(path):
+        over = tars.DATA | {"path": str(path), "on_corrupt": "substitute"}
+        one = trial(data=over, budget={"epochs": 2, "global_batch_size": tars.BATCH})
+        dataset = loader.open_data(one.workload.data)
+        return [*loader.train_batches(dataset, one, 0, 1, 0, 8), *loader.eval_batches(dataset.val, 0, 1, 10)], dataset
+
+    with serving(folder, seed=7, drop=0.05, stall=0.02, stall_seconds=0.5) as (address, faults):
+        shards.index_shards(f"{address}/{{train-{{000000..000001}},val-000000}}.tar", tmp_path / "remote")
+        shutil.rmtree(tmp_path / "cache")
+        remote_batches, dataset = epochs(tmp_path / "remote")
+        shutil.rmtree(tmp_path / "cache")
+    local_batches, _ = epochs(folder)
+    assert faults.made and len(remote_batches) == len(local_batches) > 8
+    assert all(torch.equal(a, b) for one, other in zip(remote_batches, local_batches, strict=True) for a, b in zip(one, other, strict=True))
+    assert not dataset.substituted
+    with pytest.raises(Unreachable, match=r"000.tar: cannot be read after 5 attempts"):
+        list(loader.eval_batches(dataset.val, 0, 1, 10))
+    with pytest.raises(Unreachable, match=r"tar: cannot be read after 5 attempts"):
+        epochs(tmp_path / "remote")
