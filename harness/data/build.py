@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,15 +150,13 @@ def _shard(task: _Task) -> tuple[Part, bool]:
         part = Part.load(task.part)
         if task.path.stat().st_size == part.shard.bytes:
             return part, False
+    from webdataset.writer import TarWriter
+
     temporary = task.path.with_name(f".{task.path.name}.{os.getpid()}")
     with open(temporary, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w") as tar:
+        with TarWriter(file, encoder=False, user="", group="", mtime=0) as tar:
             for where, path in task.samples:
-                for extension, content in _members(where, path, task):
-                    header = tarfile.TarInfo(f"{where.key}.{extension}")
-                    header.size, header.mode = len(content), 0o444
-                    tar.addfile(header, io.BytesIO(content))
-                tar.members.clear()  # type: ignore[attr-defined]
+                tar.write({"__key__": where.key, **dict(_members(where, path, task))})
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(task.path)
