@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -685,7 +686,7 @@ OURS = {
     "no-requeue": "", "wrap": "", "parsable": "", "wait": "", "test-only": "", "dependency": "", "signal": "signal and signal_lead_seconds",
     "nodes": "nodes", "ntasks": "tasks_per_node", "ntasks-per-node": "tasks_per_node", "gpus-per-node": "gpus_per_node",
     "cpus-per-task": "cpus_per_task", "mem": "mem_gb", "time": "time_minutes", "partition": "partition", "account": "account",
-    "qos": "qos", "constraint": "constraint",
+    "qos": "qos", "constraint": "constraint", "clusters": "",
 }  # fmt: skip
 """sbatch's options that wrbench gives itself, and the key of a cluster file that stands for each"""
 
@@ -744,6 +745,10 @@ class Slurm(Frozen):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        try:
+            shlex.split(self.python or "")
+        except ValueError as error:
+            raise ValueError(f"python: {self.python!r} is no command of a shell: {error}") from None
         if self.signal_lead_seconds >= 60 * self.time_minutes:
             raise ValueError(
                 f"signal_lead_seconds: {self.signal_lead_seconds} must be below time_minutes, {60 * self.time_minutes} s; "

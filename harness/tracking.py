@@ -122,7 +122,7 @@ def check_store(store: Store) -> None:
     uri = tracking_uri(store)
     if _scheme(uri) in ("", "file"):
         raise BadInput(
-            f"MLFLOW_TRACKING_URI: {uri!r} is not a server or a database; e.g. http://127.0.0.1:5000 or sqlite:////abs/mlflow.db"
+            f"MLFLOW_TRACKING_URI: {uri.rpartition('@')[2]!r} is not a server or a database; e.g. http://127.0.0.1:5000 or sqlite:////abs/mlflow.db"
         )
     if not uri.startswith("sqlite:///"):
         return

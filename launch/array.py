@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 120.0
 """seconds to wait for another submitter, who needs a few"""
+AFTER_US = 1800.0
+"""seconds for which a chain that is refused its successor tries again"""
 CHAIN = "-chain"
 """at the end of the name of the job that submits again"""
 
@@ -151,6 +153,8 @@ def submit(
 ) -> tuple[int, bool]:
     """Submits what is missing, and returns; the exit status."""
     check(loaded, store, cluster)
+    if chain:
+        _of_chain(cluster)
     ledger = Ledger(store.study(loaded.name))
     with Submitter(store.study(loaded.name)).lock(PATIENCE) as ours:
         if not ours:
@@ -167,26 +171,30 @@ def submit(
             stop(store, loaded.name, work.left)
         elif work.left:
             work.notes.append(f"left the study file, and still queued or running: {', '.join(work.left)}; --prune cancels them")
-        submitted = 0
+        submitted, refused = 0, False
         arrays = {task.job_id.partition("_")[0] for task in work.standings.tasks}
         if work.missing:
             write_atomically(ledger.path.parent / "study.yaml", loaded.text())
             code = snapshot.take(ledger.path.parent)
             for shape, trials in work.shapes(loaded, cluster):
                 try:
-                    for trials_of_array in _arrays(trials, shape.cluster, _room(shape.cluster.qos)):
+                    for trials_of_array in _arrays(trials, shape.cluster, _room(shape.cluster.qos, chain)):
                         arrays.add(_submit_array(loaded, store, shape, trials_of_array, code))
                         submitted += len(trials_of_array)
                 except slurm.SlurmError as error:
                     work.problems.append(str(error))
+                    refused = True
             if submitted < len(work.missing) and not work.problems:
                 work.notes.append(
                     f"{len(work.missing) - submitted} trial(s) are beyond what this user may have in the queue; "
                     "submit again when there is room, or use --chain"
                 )
         over = not arrays and not work.missing
-        if chain and arrays:
-            _chain(loaded, store, cluster, sorted(arrays), phase)
+        if chain and (arrays or (work.missing and not refused)):  # without either there was no room
+            try:
+                _chain(loaded, store, cluster, sorted(arrays), phase)
+            except slurm.SlurmError as error:
+                work.problems.append(f"--chain: {error}")
     after = standings(store, loaded.name)
     print(standing_line(loaded, after, submitted))
     for note in work.notes:
@@ -204,15 +212,15 @@ def standing_line(loaded: LoadedStudy, now: Standings, submitted: int) -> str:
 
 
 def _release(found: Standings) -> None:
-    if held := [task.job_id for task in found.tasks if task.held_by_mishap]:
+    if held := [task.job_id for task in found.tasks if task.held_by_mishap and task.user == getpass.getuser()]:
         slurm.release(held)
         print(f"released {len(held)} task(s) that SLURM held after a failed launch: {', '.join(held[:5])}{', ...' if held[5:] else ''}")
 
 
-def _room(qos: str | None) -> int | None:
-    """Tasks that this user may add to the queue; None for any number."""
+def _room(qos: str | None, chain: bool) -> int | None:
+    """Tasks that this user may add to the queue, one place kept for a chain; None for any number."""
     limit = slurm.max_submitted(qos)
-    return None if limit is None else max(0, limit - slurm.submitted())
+    return None if limit is None else max(0, limit - slurm.submitted() - chain)
 
 
 def _arrays(trials: list[Trial], cluster: Slurm, room: int | None) -> Iterator[list[Trial]]:
@@ -274,9 +282,15 @@ def _folder(loaded: LoadedStudy, store: Store, cluster: Slurm) -> tuple[Path, st
     token = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
     folder = store.study(loaded.name) / "submissions" / token
     folder.mkdir(parents=True)
-    (folder / "study.yaml").write_text(loaded.text())
-    (folder / "cluster.yaml").write_text(yaml.safe_dump(cluster.model_dump(mode="json", exclude_unset=True), sort_keys=False))
+    for name, text in _files(loaded, cluster).items():
+        (folder / name).write_text(text)
     return folder, token
+
+
+def _files(loaded: LoadedStudy, cluster: Slurm) -> dict[str, str]:
+    """What a submission's folder keeps of the moment: file name -> text."""
+    asked = yaml.safe_dump(cluster.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+    return {"study.yaml": loaded.text(), "cluster.yaml": asked}
 
 
 def _command(module: str, *arguments: str) -> str:
@@ -284,7 +298,7 @@ def _command(module: str, *arguments: str) -> str:
 
 
 def _setup(code: Path) -> list[str]:
-    exports = [f"export {key}={shlex.quote(value)}" for key, value in snapshot.environment(code).items()]
+    exports = [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]
     return ["trap : TERM  # the script outlives a SIGTERM: the ranks save themselves meanwhile", *exports]
 
 
@@ -306,15 +320,20 @@ def adopt(found: Standings, store: Store, study: str) -> None:
 
 
 def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[str], phase: str | None) -> None:
-    """A small job that submits again when the arrays have ended, however they ended; not when there is one already."""
+    """A small job that submits again when the arrays have ended, however they ended; without any, in ten minutes.
+
+    One that waits already stays, or goes if it has another study, cluster or code than now.
+    """
     from launch import sbatch
 
     name = job_name(loaded.name, CHAIN)
-    if any(task.waits and task.job_id != slurm.inside() for task in queue(store, loaded.name, CHAIN)):
+    code = snapshot.take(store.study(loaded.name))
+    now = _files(loaded, cluster) | {"chain.json": json.dumps({"code": code.name, "phase": phase})}
+    earlier = [
+        task for task in queue(store, loaded.name, CHAIN) if task.waits and task.job_id != slurm.inside() and task.user == getpass.getuser()
+    ]
+    if any(_has(store.study(loaded.name) / "submissions" / task.comment, now) for task in earlier):
         return
-    own = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "time_minutes": 60, "signal_lead_seconds": 60}
-    asked = cluster.model_dump(exclude_unset=True, exclude={"overrides", "gpus_per_node", "mem_gb"})
-    of_chain = Slurm.model_validate(asked | own | dict(cluster.overrides.get("chain", {})))
     folder, token = _folder(loaded, store, cluster)
     arguments = [
         "study",
@@ -326,13 +345,30 @@ def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[s
         str(store.root),
         "--chain",
     ]
-    code = snapshot.take(store.study(loaded.name))
-    dependency = "afterany:" + ":".join(arrays)
-    made = sbatch.executor(folder, of_chain.shape(1), name, token, _setup(code), None, dependency)
-    job = _call(made, _command("launch", *arguments, *(["--phase", phase] if phase else [])), name, token)
-    if isinstance(job, slurm.SlurmError):
-        raise job
-    print(f"job {job} goes on when {', '.join(arrays)} have ended: {folder}")
+    (folder / "chain.json").write_text(now["chain.json"])
+    dependency = "afterany:" + ":".join(arrays) if arrays else None
+    slurm.cancel([task.job_id for task in earlier])  # first: there may be room for one only
+    made = sbatch.executor(folder, _of_chain(cluster).shape(1), name, token, _setup(code), None, dependency)
+    if not arrays:
+        made.parameters["additional_parameters"] |= {"begin": "now+10minutes"}
+    command, until = _command("launch", *arguments, *(["--phase", phase] if phase else [])), time.monotonic() + AFTER_US
+    while isinstance(job := _call(made, command, name, token), slurm.SlurmError):
+        if slurm.inside() is None or time.monotonic() > until:
+            raise job
+        time.sleep(30)  # nobody is there to submit again
+    when = f"when {', '.join(arrays)} have ended" if arrays else "in ten minutes, when there may be room"
+    print(f"job {job} goes on {when}: {folder}")
+
+
+def _of_chain(cluster: Slurm) -> Slurm:
+    """What the chain's job asks for; BadInput where its overrides cannot be."""
+    own = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "time_minutes": 60, "signal_lead_seconds": 60}
+    asked = cluster.model_dump(exclude_unset=True, exclude={"overrides", "gpus_per_node", "mem_gb"})
+    return parse(Slurm, asked | own | dict(cluster.overrides.get("chain", {})), "cluster: overrides.chain")
+
+
+def _has(folder: Path, files: Mapping[str, str]) -> bool:
+    return all((folder / name).exists() and (folder / name).read_text() == text for name, text in files.items())
 
 
 # ------------------------------------------------------------------------------------------ dry run and cancel
@@ -407,7 +443,7 @@ def cancel(loaded: LoadedStudy, store: Store) -> list[str]:
     if not is_by_slurm(store, loaded.name):
         return []
     with Submitter(store.study(loaded.name)).lock(PATIENCE):
-        chained = [task.job_id for task in queue(store, loaded.name, CHAIN) if task.job_id != slurm.inside()]
+        chained = [t.job_id for t in queue(store, loaded.name, CHAIN) if t.job_id != slurm.inside() and t.user == getpass.getuser()]
         if chained:
             slurm.cancel(chained)
         found = standings(store, loaded.name)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -47,7 +48,9 @@ class Ledger:
                 fcntl.lockf(file, fcntl.LOCK_EX)
             size = os.fstat(file.fileno()).st_size
             torn = size and os.pread(file.fileno(), 1, size - 1) != b"\n"  # by a full disk: it must not swallow these
-            file.write(b"\n" + text if torn else text)
+            rest = b"\n" + text if torn else text
+            while rest:  # a disk that has room for a part takes that, and says how much
+                rest = rest[file.write(rest) :]
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Every line, in order; a torn one is passed over."""
@@ -170,22 +173,23 @@ class Submitter:
                     if time.monotonic() > until:
                         yield False
                         return
-                    time.sleep(0.05)  # perhaps only somebody who asks, see `pid`
+                    time.sleep(0.05)  # perhaps only somebody who asks, see `holder`
                 except OSError:
                     break
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(f"{socket.gethostname()} {os.getpid()}")
             file.flush()
             yield True
 
-    def pid(self) -> int | None:
-        """The submitter's process; None when nobody is."""
+    def holder(self) -> tuple[str, int] | None:
+        """Host and process of the submitter; None when nobody is, or on a file system without locks."""
         try:
             with open(self.path) as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return int(file.read())
-        except (FileNotFoundError, ValueError):
+                    host, pid = file.read().split()
+                    return host, int(pid)
+        except (OSError, ValueError):
             pass
         return None

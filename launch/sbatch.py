@@ -30,9 +30,10 @@ class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
 
     def submit_command(self, command: str) -> str:
         """The job id. Raises SlurmError with sbatch's message; a job may be there nevertheless, if its answer was lost."""
-        kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF"}
+        own = slurm.inside() is None  # inside a job (--chain) its variables would be taken for options
+        kept = {key: value for key, value in os.environ.items() if key == "SLURM_CONF" or (own and key.startswith("SBATCH_"))}
         try:
-            # Inside a job (--chain) the variables of that job would be taken for options. submitit prints what sbatch says.
+            # submitit prints what sbatch says.
             with submitit.helpers.clean_env(), redirect_stderr(StringIO()):
                 os.environ |= kept
                 job = self._submit_command(command)
@@ -62,7 +63,7 @@ def executor(
         time=c.time_minutes,
         signal_delay_s=c.signal_lead_seconds,
         use_srun=False,
-        setup=[*setup, *c.setup],
+        setup=[*c.setup, *setup],  # whatever they load, the code is the snapshot's
         additional_parameters={"signal": f"{c.signal}@{c.signal_lead_seconds}", "requeue": True, **c.sbatch},
         **{k: v for k in ("partition", "account", "qos", "constraint") if (v := getattr(c, k)) is not None},
         **({"gpus_per_node": shape.gpus_per_node} if shape.gpus_per_node else {}),

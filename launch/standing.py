@@ -74,7 +74,7 @@ def standings(store: Store, study: str, ours: bool = False) -> Standings:
             warning = str(error)
     arrays = {task.comment: task.job_id.partition("_")[0] for task in tasks}
     by_id = {task.job_id: task for task in tasks}
-    submitting = not ours and Submitter(store.study(study)).pid() is not None
+    submitting = not ours and Submitter(store.study(study)).holder() is not None
     trials = {}
     for trial_id in sorted({folder.path.name for folder in store.trials(study)} | entries.keys()):
         folder = store.trial(study, trial_id)
@@ -96,7 +96,7 @@ def _of_slurm(record: TrialState, entry: Entry, task: slurm.Task | None, known: 
     if entry.cancelled and (task is None or task.waits or not entry.lives_on):
         return "cancelled"
     if task is not None:
-        began = event in ("started", "cancelled") and not task.waits
+        began = (entry.lives_on or event == "cancelled") and not task.waits  # also where a node that was cut off wrote last
         over = event == "ended" and entry.newest.get("final")  # its task goes on with another trial
         return record.state if over else "running" if began else "queued"
     if known:

@@ -6,8 +6,10 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,7 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
         holdout_top1=record.answer.get("anytime/holdout_top1"),
         seconds_left=left,
         expected_finish=None if left is None else datetime.fromtimestamp(time.time() + left).isoformat(timespec="minutes"),
-        preemptions=sum(life.requeued is not None for life in lives),
+        preemptions=_returns(lives),
         failures=sum(life.ended is not None and life.requeued is None and life.ended["state"] not in ENDED_WELL for life in lives),
         gpu_hours=used,
         gpu_hours_lost=lost,
@@ -124,6 +126,13 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
 
 
 ENDED_WELL = ("finished", "diverged")
+
+
+def _returns(lives: Sequence[Life]) -> int:
+    """How often the trial's job went back into the queue, by the supervisor's doing or by SLURM's own."""
+    places = [(str(life.started["job_id"]), int(life.started["life"])) for life in lives]
+    again = sum(job == same and life != later for (job, life), (same, later) in pairwise(places))
+    return again + int(bool(lives) and lives[-1].requeued is not None)
 
 
 def _reason(task: slurm.Task) -> str:
@@ -164,7 +173,11 @@ def last_error(folder: TrialFolder, state: TrialState) -> str | None:
 
 def newest_logs(folder: TrialFolder, kind: str = "*") -> list[Path]:
     """submitit's files of the newest job, JOB_RANK_log.{out,err}, by rank."""
-    paths = sorted(folder.logs.glob(f"*_log.{kind}"), key=lambda p: p.stat().st_mtime)
+    times = {}
+    for path in folder.logs.glob(f"*_log.{kind}"):
+        with suppress(FileNotFoundError):  # an empty one of srun's goes when its life ends
+            times[path] = path.stat().st_mtime
+    paths = sorted(times, key=times.__getitem__)
     job = paths[-1].name.rpartition("_log")[0].rpartition("_")[0] if paths else ""
     return sorted(p for p in paths if p.name.startswith(f"{job}_"))
 
@@ -196,7 +209,7 @@ def show(loaded: LoadedStudy, store: Store, watch: bool) -> None:
                 live.update(screen, refresh=True)
             else:
                 out.print(screen)
-            if all(r.state in ENDED for r in found):
+            if all(r.state in (*ENDED, "cancelled") for r in found):
                 return
             time.sleep(max(1.0 if out.is_terminal else 10.0, 10 * (time.monotonic() - began)))
 

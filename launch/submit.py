@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -313,11 +314,14 @@ def cancel(loaded: LoadedStudy, store: Store) -> list[str]:
         if line is not None and is_alive(line, trial_folder.logs):
             running.append(Running(trial_folder.read_config(), trial_folder, None, trial_folder.newest_attempt(), line))
     said = []
-    if (pid := submitter.pid()) is not None:
+    if (holder := submitter.holder()) is not None:
+        host, pid = holder
+        if host != socket.gethostname():
+            raise BadInput(f"{loaded.name}: its submitter is process {pid} on {host}; cancel it there")
         os.kill(pid, signal.SIGTERM)
         said.append(f"stopped the submitter, process {pid}")
         patience = time.monotonic() + SECONDS_TO_SAVE + 30
-        while submitter.pid() == pid and time.monotonic() < patience:
+        while submitter.holder() == holder and time.monotonic() < patience:
             time.sleep(0.2)
     wind_down(running)
     return [*said, *map(saved, running)]

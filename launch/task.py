@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -35,10 +35,14 @@ from launch.status import final_error
 
 POLL = 0.5
 """seconds between two looks at the ranks"""
+SUSPENDED = 30.0
+"""seconds more than that, and the whole job was suspended, which is no stall of its ranks"""
 SLACK = 75.0
 """seconds that SLURM may send its signal earlier than asked, and some"""
 STOPPED = ("preempted", "time limit", "stopped")
 """kinds of ends after which the task goes back into the queue"""
+NO_FAILURE = (*STOPPED, "terminated", "superseded", "cancelled", "port")
+"""kinds of ends that say nothing against the trial"""
 PORTS = 16
 """for each job to meet at; the ranks bind one seconds after it was found free, so it must not be another job's choice"""
 TO_DELIVER = 2.0
@@ -91,6 +95,9 @@ class Supervisor:
                     sender = tracking.start_delivery(self.store, self.given.study, [trial_id])
                     delivering.callback(sender.stop, TO_DELIVER)
                 while not self._over(trial_id, folder):
+                    if self.attempt and self._is_late():  # the signal comes once, and what begins now would not hear it
+                        delivering.close()
+                        return self._requeue("time limit", trial, folder)
                     end = self._live(trial, folder)
                     if end.kind in ("superseded", "terminated"):
                         return 0
@@ -117,6 +124,18 @@ class Supervisor:
         final = entry.newest.get("event") == "ended" and entry.newest.get("final", False)
         return not ours or final or folder.state().state in ("finished", "diverged")
 
+    def _note_down(self, event: str, trial: Trial, attempt: int, **fields: Any) -> None:
+        """In the ledger. On a full disk a beginning waits for room; what is told of an end may be lost: the journal has it."""
+        while True:
+            try:
+                return self.ledger.append(event, trial, attempt, **fields)
+            except OSError as full:
+                if full.errno not in journal.NO_ROOM:
+                    raise
+            if event != "started" or self.terminated:
+                return None
+            time.sleep(10 * POLL)
+
     # ----------------------------------------------------------------------------------------------- one life
 
     def _live(self, trial: Trial, folder: TrialFolder) -> End:
@@ -125,7 +144,7 @@ class Supervisor:
         before = folder.state()
         place = {"token": self.given.token, "job_id": self.job_id, "life": self.life}
         ranks = self.given.nodes * self.given.tasks_per_node
-        self.ledger.append("started", trial, attempt, **place, nodes=self.nodes, ranks=ranks, step=before.committed)
+        self._note_down("started", trial, attempt, **place, nodes=self.nodes, ranks=ranks, step=before.committed)
         began, started = time.monotonic(), time.time()
         log = folder.logs / f"{self.job_id}.{self.life}.{len(self._entry(trial.trial_id).lives)}"  # one that claims no number has its own
         with open(f"{log}_srun_log.err", "ab") as said:
@@ -137,7 +156,7 @@ class Supervisor:
         end.seconds = time.monotonic() - began
         lost = time.time() - max(started, _last_commit(folder, attempt))
         run_id = tracking.run_id(folder)
-        self.ledger.append(
+        self._note_down(
             "ended", trial, attempt, **place, state=end.state.state, kind=end.kind, step=end.state.committed, seconds=round(end.seconds, 1),
             lost_seconds=0.0 if end.state.state in ("finished", "diverged") else round(lost, 1),
             checkpoint=_newest_checkpoint(folder), run_id=run_id, error=end.error,
@@ -162,11 +181,13 @@ class Supervisor:
     def _watch(self, process: subprocess.Popen[bytes], folder: TrialFolder) -> bool:
         """Returns when the ranks have ended; True if they had to be killed since nothing moved."""
         size, moved, stalled = -1, time.monotonic(), False
+        looked = moved
         while process.poll() is None:
             now = folder.journal.stat().st_size if folder.journal.exists() else 0
-            if now != size:
-                size, moved = now, time.monotonic()
-            idle = time.monotonic() - moved
+            slept, looked = time.monotonic() - looked, time.monotonic()
+            if now != size or slept > POLL + SUSPENDED:
+                size, moved = now, looked
+            idle = looked - moved
             if idle > self.cluster.stall_timeout_seconds + 30 and stalled:
                 process.kill()
             elif idle > self.cluster.stall_timeout_seconds and not stalled and not self.terminated:
@@ -179,7 +200,7 @@ class Supervisor:
         try:
             slurm.kill_steps(self.job_id)
         except slurm.SlurmError as error:  # the controller is away: srun reaches the nodes itself
-            print(f"{error}; ending srun instead", file=sys.stderr)
+            _say(f"{error}; ending srun instead")
             process.terminate()
 
     # ------------------------------------------------------------------------------------------- what it means
@@ -215,24 +236,28 @@ class Supervisor:
             return "terminated"
         if state.get("PreemptTime", "None") not in ("None", "Unknown"):
             return "preempted"
-        limit = 60 * self.cluster.time_minutes
-        near = time.monotonic() - self.began > limit - self.cluster.signal_lead_seconds - SLACK
-        return "time limit" if near else "preempted" if self.terminated else "stopped"
+        return "time limit" if self._is_late() else "preempted" if self.terminated else "stopped"
+
+    def _is_late(self) -> bool:
+        """Whether the signal before the time limit may have come."""
+        return time.monotonic() - self.began > 60 * self.cluster.time_minutes - self.cluster.signal_lead_seconds - SLACK
 
     def _state_of_job(self) -> dict[str, str]:
         try:
             return slurm.job(self.job_id)
         except slurm.SlurmError as error:
-            print(f"{error}; the job is taken to be running", file=sys.stderr)
+            _say(f"{error}; the job is taken to be running")
             return {}
 
     def _slurms_word(self) -> str | None:
         """Of the step that just ended: an out-of-memory kill leaves no other trace. None without slurmdbd."""
         try:
-            lines = slurm.run("sacct", "--noheader", "--parsable2", "--format=State", "--jobs", self.job_id, seconds=10).split()
+            printed = slurm.run("sacct", "--noheader", "--parsable2", "--format=JobID,State", "--jobs", self.job_id, seconds=10)
         except slurm.SlurmError:
             return None
-        return next((s for s in lines if s in ("OUT_OF_MEMORY", "NODE_FAIL")), None)
+        steps = dict(re.findall(r"^\S+\.(\d+)\|(\S+)", printed, re.M))
+        word = steps[max(steps, key=int)] if steps else None
+        return word if word in ("OUT_OF_MEMORY", "NODE_FAIL") else None
 
     def _is_exhausted(self, kind: str, trial: Trial, folder: TrialFolder) -> bool:
         """Whether this was the time limit once too often, which is recorded then."""
@@ -247,7 +272,7 @@ class Supervisor:
         """Whether one more try would fail as well, so that the trial is recorded as failed."""
         entry, failures = self._entry(trial.trial_id), 0
         for life in reversed(entry.lives[entry.since :]):
-            if life.ended is None or life.ended["kind"] in (*STOPPED, "port"):
+            if life.ended is None or life.ended["kind"] in NO_FAILURE:
                 continue
             if life.ended["step"] != end.state.committed:
                 break
@@ -256,24 +281,22 @@ class Supervisor:
             tries = f" ({failures} times without a new checkpoint)" if failures > 1 else ""
             self._give_up("failed", f"{end.kind}: {end.error}{tries}", trial, folder)
             return True
-        print(f"{trial.trial_id}: {end.kind}: {end.error}; again from step {end.state.committed}", file=sys.stderr, flush=True)
+        _say(f"{trial.trial_id}: {end.kind}: {end.error}; again from step {end.state.committed}")
         return False
 
     def _give_up(self, state: str, why: str, trial: Trial, folder: TrialFolder) -> None:
         if folder.is_superseded(self.attempt):
             sys.exit(f"{trial.trial_id}: goes on elsewhere, and is not given up here")
         close(folder, state, why, self.attempt)
-        self.ledger.append("ended", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, state=state, kind=state,
+        self._note_down("ended", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, state=state, kind=state,
                            step=folder.state().committed, error=why, final=True)  # fmt: skip
-        print(f"{trial.trial_id}: {state}: {why}", file=sys.stderr, flush=True)
+        _say(f"{trial.trial_id}: {state}: {why}")
 
     # -------------------------------------------------------------------------------------------------- requeue
 
     def _requeue(self, kind: str, trial: Trial, folder: TrialFolder) -> int:
         """Puts this one array task back into the queue, however long the controller is away; SLURM then ends this process."""
-        self.ledger.append(
-            "requeued", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, life=self.life, kind=kind
-        )
+        self._note_down("requeued", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, life=self.life, kind=kind)
         wait = 1.0
         while not self.terminated:
             try:
@@ -284,13 +307,18 @@ class Supervisor:
                 break
             except slurm.SlurmError as error:
                 if not self.terminated:
-                    print(f"{error}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
+                    _say(f"{error}; trying again in {wait:.0f} s")
                     time.sleep(wait)
                 wait = min(2 * wait, 15.0)
         until = time.monotonic() + 60
         while not self.terminated and time.monotonic() < until:  # a job that ends by itself first would not be requeued
             time.sleep(POLL)
         return 0
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the log may lie on the same full disk as all else
+        print(text, file=sys.stderr, flush=True)
 
 
 def _logged(log: Path) -> str | None:

@@ -270,14 +270,38 @@ def test_code_is_what_it_was_when_submitted(tmp_path: Path, mnist5k: Path) -> No
     assert "as submitted" in (study.store.study("mine") / "code" / code / "uncommitted.diff").read_text()
 
 
+def chained() -> list[str]:
+    """The chain jobs that wait."""
+    command = ["squeue", "--noheader", "--format=%i %j %t"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    return [job for job, name, state in map(str.split, found) if "chain" in name and state == "PD"]
+
+
+def test_a_chain_keeps_a_place_in_the_queue_and_follows_the_study(tmp_path: Path, mnist5k: Path) -> None:
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+
+    def limit(tasks: int) -> None:
+        change = ["sacctmgr", "-i", "modify", "user", user, "set", f"MaxSubmitJobs={tasks}"]
+        subprocess.run(change, check=True, capture_output=True, timeout=60)
+
+    study = Study(tmp_path, mnist5k, LATER, **TINY, search={"seeds": 3})
+    limit(3)
+    try:
+        out = study.submit("--chain")
+        assert "submitted 2" in out and "goes on when" in out
+        first = chained()
+        assert "submitted 0" in study.submit("--chain") and chained() == first and len(first) == 1
+    finally:
+        limit(-1)
+    study.file.write_text(study.file.read_text().replace("seeds: 3", "seeds: 4"))
+    assert "submitted 2" in study.submit("--chain")
+    second = chained()
+    assert len(second) == 1 and second != first, "the one that waits has the study as it is now"
+
+
 def test_chain_submits_finalists_and_writes_the_report(tmp_path: Path, mnist5k: Path) -> None:
     arms = {"AdamWR": ADAMW | {"schedule": {"name": "cosine"}}}
     study = Study(tmp_path, mnist5k, ONE, **TINY, arms=arms, finalists={"top": 1, "seeds": 1})
-
-    def chained() -> list[str]:
-        command = ["squeue", "--noheader", "--format=%i %j %t"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-        return [job for job, name, state in map(str.split, found) if "chain" in name and state == "PD"]
 
     assert "goes on when" in study.submit("--chain")
     first = chained()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,13 +40,13 @@ def test_a_job_is_alive_while_its_number_belongs_to_its_own_controller(tmp_path:
 
 def test_one_submitter_a_study_until_its_process_is_gone(tmp_path: Path) -> None:
     submitter = Submitter(tmp_path / "study")
-    assert submitter.pid() is None
+    assert submitter.holder() is None
     with submitter.lock() as first:
-        assert first and submitter.pid() == os.getpid()
+        assert first and submitter.holder() == (socket.gethostname(), os.getpid())
         with submitter.lock() as second:
             assert not second
-        assert submitter.pid() == os.getpid()
-    assert submitter.pid() is None
+        assert submitter.holder() == (socket.gethostname(), os.getpid())
+    assert submitter.holder() is None
     code = f"""
 import os, signal
 from pathlib import Path
@@ -55,6 +56,6 @@ with Submitter(Path({str(submitter.path.parent)!r})).lock() as ours:
     os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", code], timeout=60)
-    assert submitter.pid() is None
+    assert submitter.holder() is None
     with submitter.lock() as again:
         assert again
