@@ -6,10 +6,10 @@ names (for ImageNet: of the synsets), whichever the source.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import itertools
+import math
 import os
 import pickle
 import tarfile
@@ -399,10 +399,15 @@ def _pickled(
     size = int(np.prod(shape))
     for number, path in enumerate(batches):
         content = _unpickle(path)
-        data, found = content.get(b"data"), content.get(labels)
+        data: Any = content.get(b"data")
+        found: Any = content.get(labels)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != size:
             raise BadInput(f"{path}: its data are not rows of {size} bytes, {' x '.join(map(str, shape))}; another size, or damaged")
-        if found is None or len(found) != len(data) or not set(map(int, found)) <= set(label_of):
+        try:
+            known = len(found) == len(data) and set(map(int, found)) <= set(label_of)
+        except (TypeError, ValueError):  # anything may stand there
+            known = False
+        if not known:
             raise BadInput(f"{path}: its labels are not {len(data)} numbers of {min(label_of)}..{max(label_of)}; download it again")
         files.append(_spooled(request.spool / f"{path.name}.raw", data))
         listings.append([(f"{path.name}-{i:06d}", label_of[int(n)], number, i * size, size) for i, n in enumerate(found)])
@@ -424,32 +429,91 @@ def _unpickle(path: Path) -> dict[bytes, Any]:
     try:
         with open(path, "rb") as file:
             content = _Plain(file, encoding="bytes").load()
+        if not isinstance(content, dict):
+            raise BadInput("holds no mapping; download it again")
+        plain = ((key, value.values if isinstance(value, _Array) else value) for key, value in content.items())
+        return {key.encode() if isinstance(key, str) else key: value for key, value in plain}
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     except Exception as error:  # damaged pickles fail in any way
         raise BadInput(f"{path}: is damaged or no pickle ({type(error).__name__}: {error}); download it again") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: holds no mapping; download it again")
-    return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """How Python 2's bytes come in the oldest protocols."""
-    if encoding not in ("latin1", "latin-1"):
-        raise BadInput(f"refused: its pickle calls for the codec {encoding!r}")
-    return codecs.latin_1_encode(text)[0]
+class _Stub:
+    def __setstate__(self, state: Any) -> None:
+        """That a class has it keeps a pickle from setting the class's own attributes."""
+        raise ValueError(f"a state for {type(self).__name__}")
 
 
-_PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],  # type: ignore[dict-item]
-    ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],  # type: ignore[dict-item]
-    ("_codecs", "encode"): _latin1,
+class _Dtype(_Stub):
+    """Stands for numpy.dtype, of which a pickle can set the flags, and with them make numbers pointers: holds a checked name."""
+
+    def __init__(self, name: object, *_: object) -> None:
+        self._order, self._name = "|", _text(name).lstrip("<>=|")
+        if self._name not in ("u1", "i4", "i8", "f4", "f8"):  # f: the mean image of ImageNet32
+            raise BadInput(f"refused: its pickle has an array of {self._name!r}")
+
+    def __setstate__(self, state: Any) -> None:
+        self._order = _text(state[1])
+        if self._order not in ("<", ">", "=", "|"):
+            raise ValueError(f"the byte order {self._order!r}")
+
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(self._order + self._name)
+
+
+class _Array(_Stub):
+    """Stands for numpy.ndarray, whose own way of being unpickled trusts what it is given."""
+
+    values: np.ndarray
+
+    def __init__(self, *arguments: object) -> None:
+        if arguments:
+            raise BadInput("refused: its pickle makes an array in another way than numpy writes")
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, by_column, content = state
+        if not isinstance(dtype, _Dtype) or not isinstance(content, bytes) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError("an array that holds no plain numbers")
+        if len(content) != math.prod(shape) * dtype.numpy().itemsize:
+            raise ValueError(f"an array of shape {shape} in {len(content)} bytes")
+        self.values = np.frombuffer(content, dtype.numpy()).reshape(shape, order="F" if by_column else "C")
+
+
+class _Reconstruct(_Stub):
+    """Stands for numpy's function of that name: an empty array, which gets its state next."""
+
+    def __new__(cls, *_: object) -> Any:
+        return _Array()
+
+
+class _Encode(_Stub):
+    """Stands for _codecs.encode: how bytes, and Python 2's text, come in the oldest protocols."""
+
+    def __new__(cls, text: str, encoding: object) -> Any:
+        if _text(encoding) not in ("latin1", "latin-1"):
+            raise BadInput(f"refused: its pickle calls for the codec {encoding!r}")
+        return text.encode("latin1")
+
+
+def _text(word: object) -> str:
+    if not isinstance(word, str | bytes):
+        raise ValueError(f"{type(word).__name__} in place of text")
+    return word.decode("latin1") if isinstance(word, bytes) else word
+
+
+_PLAIN = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct,  # numpy 1
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct,  # numpy 2
+    ("_codecs", "encode"): _Encode,
 }
 
 
 class _Plain(pickle.Unpickler):
+    """Knows no class or function of anyone else's: numpy's own can be made to write anywhere in memory."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PLAIN:
             raise BadInput(f"refused: its pickle calls for {module}.{name}, and may only hold arrays, text and numbers")
