@@ -271,6 +271,7 @@ def _fingerprint(source: Source) -> str:
         digest.update(b"\n".join(listing.key.tolist()))
         for column in (listing.label, listing.size):
             digest.update(column.astype("<i8").tobytes())
+    digest.update(source.content.encode())
     return digest.hexdigest()[:16]
 
 

