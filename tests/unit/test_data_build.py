@@ -13,6 +13,7 @@ from PIL import Image
 
 from harness.config import BadInput
 from harness.data import build as building
+from harness.data import decode
 from harness.data.build import Options, build
 from harness.data.index import Index
 from harness.data.sources import KINDS, _unpickle
@@ -189,6 +190,49 @@ def test_encoding_again(tmp_path):
     smaller = {s["__key__"]: s["jpg"] for s in read(tmp_path / "quality", "train")}
     assert Image.open(io.BytesIO(smaller["train/cat/0"])).size == (64, 48) and len(smaller["train/cat/1"]) < len(sources.encoded(1))
     assert [*verify(tmp_path / "side").findings, *verify(tmp_path / "quality").findings] == []
+
+
+def test_grey_stays_grey_when_encoded_again(tmp_path):
+    """16 bits by their high byte: Pillow's own conversion would make them white."""
+    sources.folder(tmp_path / "src")
+    grey = np.asarray(Image.fromarray(sources.cut(3)).convert("L"))
+    for name, content in (("deep", grey.astype(np.uint16) * 256 + 7), ("flat", grey)):
+        Image.fromarray(content).save(tmp_path / "src" / "train" / "cat" / f"{name}.png")
+    for number, options in enumerate((Options(quality=95), Options(max_side=63, quality=95))):
+        build("folder", tmp_path / "src", tmp_path / str(number), options)
+        found = {s["__key__"]: Image.open(io.BytesIO(s["jpg"])) for s in read(tmp_path / str(number), "train")}
+        assert found["train/cat/deep"].mode == "L"
+        assert (np.asarray(found["train/cat/deep"]) == np.asarray(found["train/cat/flat"])).all()
+        if options.max_side is None:
+            assert np.abs(np.asarray(found["train/cat/deep"]).astype(int) - grey).mean() < 3
+
+
+@pytest.mark.skipif(decode.decoder == "PIL", reason="PIL does not tell of libjpeg's warnings")
+@pytest.mark.parametrize("options", [Options(quality=90), Options(max_side=40)])
+def test_damage_is_not_baked_in(tmp_path, options):
+    """A JPEG whose pixels have a damaged stretch, which Pillow fills in: as it is, or encoded again, never as if it were whole."""
+    src = tmp_path / "src"
+    sources.folder(src)
+    bad = src / "train" / "dog" / "1.jpg"
+    content = bytearray(bad.read_bytes())
+    content[-160:-156] = bytes(4)
+    bad.write_bytes(content)
+    Image.open(bad).load()
+    assert "dog/1.jpg: sample train/dog/1: " in one_line(build, "folder", src, tmp_path / "out", options)
+
+
+def test_what_an_orphan_left_is_no_part_of_a_build(tmp_path, monkeypatch):
+    """A worker that outlives a killed build by a moment begins its shard when the next build has cleared."""
+    sources.folder(tmp_path / "src")
+    write = Index.write
+
+    def orphan(index, path):
+        (path.parent / ".train-000000.tar.123").write_bytes(b"half")
+        write(index, path)
+
+    monkeypatch.setattr(Index, "write", orphan)
+    build("folder", tmp_path / "src", tmp_path / "out")
+    assert sorted(files(tmp_path / "out")) == ["build.json", "index.npz", "train-000000.tar", "val-000000.tar"]
 
 
 # ------------------------------------------------------------------------------------------------- refusals
