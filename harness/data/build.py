@@ -238,6 +238,8 @@ def _jpeg(image: Image.Image, options: Options) -> bytes:
 @contextmanager
 def _workshop(out: Path) -> Iterator[Path]:
     """A folder beside `out` to work in, kept when the build fails and gone when it is done."""
+    if out.name in ("", ".."):
+        raise BadInput(f"--out: {out} is a folder that is there under no name of its own; give a new one, e.g. {out / 'shards'}")
     work = out.with_name(f".{out.name}.building")
     work.mkdir(parents=True, exist_ok=True)
     handle = os.open(work, os.O_RDONLY)

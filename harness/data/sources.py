@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.config import BadInput
+from harness.data.decode import kind
 from harness.data.index import IntArray
 from harness.data.parallel import each
 from harness.data.tars import members
@@ -119,7 +120,9 @@ def open_source(kind: str, request: Request) -> Source:
     if request.samples is not None and kind != "fixture":
         raise BadInput(f"--samples: {request.samples} has no meaning for {kind}, whose samples are all taken; leave it out")
     source = KINDS[kind](request)
-    for listing in (source.train, source.val):
+    for split, listing in (("train", source.train), ("val", source.val)):
+        if not len(listing):
+            raise BadInput(f"{request.src or kind}: holds no {split} images")
         keys, counts = np.unique(listing.key, return_counts=True)
         if len(keys) < len(listing):
             raise BadInput(f"{request.src}: two samples have the key {keys[counts.argmax()].decode()}; rename one of their files")
@@ -213,7 +216,7 @@ def _members(file: BinaryIO, where: str) -> Iterator[Member]:
     try:
         for member in members(file):
             if member.isreg():
-                yield member.name, member.offset_data, member.size
+                yield _utf8(member.name, f"{where}: {member.name}"), member.offset_data, member.size
     except (tarfile.TarError, OSError) as error:
         raise BadInput(f"{where}: truncated or damaged: {error}; download it again") from None
 
@@ -242,14 +245,26 @@ class _Window(io.RawIOBase):
         return len(content)
 
 
+def _utf8(name: str, where: str) -> str:
+    """A name that can be a key; BadInput when it cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{ascii(where)[1:-1]}: its name is not UTF-8; rename it") from None
+    return name
+
+
 def _stem(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[0]
 
 
 # ----------------------------------------------------------------------------------------------------- folders
 
-READABLE = (".jpg", ".jpeg", ".png")
-UNREADABLE = (".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+READABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
+UNREADABLE = (
+    *(".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".svg", ".psd", ".exr", ".hdr"),
+    *(".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".apng", ".dng", ".cr2", ".nef", ".arw", ".npy"),
+)
 VAL_FOLDERS = ("val", "validation", "valid", "test")
 
 
@@ -262,6 +277,10 @@ def folder(request: Request) -> Source:
         raise BadInput(f"{src}: holds no train{'' if val_folder else ' and val'} folder; needs train/CLASS/*.jpg and val/CLASS/*.jpg")
     classes = _classes(src / "train")
     flat = list(_images(val_folder, deep=False))
+    _no_images(_images(src / "train", deep=False), "in no class folder")
+    if flat:
+        folders = sorted(p for p in val_folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        _no_images((image for below in folders for image in _images(below, deep=True)), "in a folder beside images that are in none")
     files: list[str] = []
 
     def listed(found: Iterable[tuple[str, int, Path]]) -> Listing:
@@ -287,7 +306,7 @@ def folder(request: Request) -> Source:
 
 
 def _classes(parent: Path) -> tuple[str, ...]:
-    found = tuple(sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    found = tuple(sorted(_utf8(p.name, str(p)) for p in parent.iterdir() if p.is_dir() and not p.name.startswith(".")))
     if not found:
         raise BadInput(f"{parent}: holds no class folders; needs {parent.name}/CLASS/*.jpg")
     return found
@@ -297,16 +316,19 @@ def _by_class(parent: Path, classes: Sequence[str]) -> Iterator[tuple[str, int, 
     """(key, label, path) of every image below the folders of the classes, in sorted order."""
     for label, name in enumerate(classes):
         if (parent / name).is_dir():
-            for path in _images(parent / name, deep=True):
+            images = list(_images(parent / name, deep=True))
+            if not images:
+                raise BadInput(f"{parent / name}: holds no images; fill it or remove it")
+            for path in images:
                 yield _key(path, parent.parent), label, path
 
 
 def _labelled(images: Sequence[Path], labels: dict[str, int], source: Path) -> Iterator[tuple[str, int, Path]]:
     for path in images:
-        label = labels.get(path.name, labels.get(path.stem))
-        if label is None:
-            raise BadInput(f"{source}: has no line for {path}")
-        yield _key(path, path.parent.parent), label, path
+        said = {labels[name] for name in (path.name, path.stem) if name in labels}
+        if len(said) != 1:
+            raise BadInput(f"{source}: has {'two classes' if said else 'no line'} for {path}")
+        yield _key(path, path.parent.parent), said.pop(), path
 
 
 def _key(path: Path, src: Path) -> str:
@@ -321,11 +343,24 @@ def _images(parent: Path, deep: bool) -> Iterator[Path]:
             continue
         if entry.is_dir():
             if deep:
-                yield from _images(Path(entry.path), deep)
+                yield from _images(Path(parent, _utf8(entry.name, entry.path)), deep)
         elif ending in READABLE:
-            yield Path(entry.path)
+            yield Path(parent, _utf8(entry.name, entry.path))
         elif ending in UNREADABLE:
             raise BadInput(f"{entry.path}: is a {ending[1:]}; shards hold JPEG and PNG, convert it first")
+        elif entry.is_file() and (found := _kind(entry.path)) != "unknown":
+            raise BadInput(f"{entry.path}: is a {found.upper()} by its content and not by its name; rename it")
+
+
+def _kind(path: str) -> str:
+    with open(path, "rb") as file:
+        return kind(file.read(16))
+
+
+def _no_images(found: Iterable[Path], where: str) -> None:
+    """BadInput when there are some, which would be left out."""
+    if images := list(found):
+        raise BadInput(f"{images[0]}: is {where}, and {len(images)} images are; move them, or remove them")
 
 
 def _labels(path: Path, classes: Sequence[str]) -> dict[str, int]:
@@ -342,11 +377,13 @@ def _labels(path: Path, classes: Sequence[str]) -> dict[str, int]:
             continue
         name, label = words[0].rpartition("/")[2], words[1] if len(words) > 1 else ""
         if label in label_of:
-            labels[name] = label_of[label]
+            said = label_of[label]
         elif label.isdecimal() and int(label) < len(classes):
-            labels[name] = int(label)
+            said = int(label)
         else:
             raise BadInput(f"--labels: {path}: line {number}: {label!r} is no class; e.g. {classes[0]}, or a number below {len(classes)}")
+        if labels.setdefault(name, said) != said:
+            raise BadInput(f"--labels: {path}: line {number}: {name} is {label}, and {classes[labels[name]]} in a line before")
     return labels
 
 

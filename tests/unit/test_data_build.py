@@ -3,9 +3,12 @@
 import gzip
 import io
 import json
+import os
 import pickle
+import shutil
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,7 +172,13 @@ def test_a_flat_val_folder_has_its_labels_in_a_file(tmp_path):
         }
     labels.write_text("v0.jpg cow")
     assert "labels: line 1: 'cow' is no class; e.g. cat" in one_line(build, "folder", tmp_path / "src", tmp_path / "x", labels=labels)
-    labels.write_text("v0.jpg cat")
+    for text in ("v0.jpg cat\ntrain/v0.jpg dog", "v0.jpg 0\nv0.jpg 1"):
+        labels.write_text(text)
+        said = one_line(build, "folder", tmp_path / "src", tmp_path / "x", labels=labels)
+        assert said.startswith(f"--labels: {labels}: line 2: v0.jpg is ") and said.endswith(", and cat in a line before")
+    labels.write_text("v0.jpg cat\nv0 dog")
+    assert "has two classes for" in one_line(build, "folder", tmp_path / "src", tmp_path / "x", labels=labels)
+    labels.write_text("v0.jpg cat\nval/v0.jpg 0")  # twice the same
     assert "has no line for" in one_line(build, "folder", tmp_path / "src", tmp_path / "x", labels=labels)
 
 
@@ -432,3 +441,55 @@ def test_long_and_unusual_names(tmp_path):
     assert keys == {k.decode() for k in Index.load(tmp_path / "out").key.tolist() if not k.startswith(b"val")}
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
         assert f"train/cat/{'x' * 140}.jpg" in tar.getnames()
+
+
+def test_no_image_is_left_out_unsaid(tmp_path):
+    src, out, image = tmp_path / "src", tmp_path / "out", sources.encoded(1)
+    sources.folder(src)
+    for name, said in (
+        ("train/cat/a.avif", "cat/a.avif: is a avif; shards hold JPEG and PNG"),
+        ("train/cat/a.JP2", "cat/a.JP2: is a jp2; shards hold JPEG and PNG"),
+        ("train/cat/a", "cat/a: is a JPEG by its content and not by its name; rename it"),
+        ("train/cat/a.jpg_large", "cat/a.jpg_large: is a JPEG by its content and not by its name; rename it"),
+        ("train/a.jpg", "train/a.jpg: is in no class folder, and 1 images are"),
+    ):
+        (src / name).write_bytes(image)
+        assert said in one_line(build, "folder", src, out)
+        (src / name).unlink()
+    labels = tmp_path / "labels"
+    labels.write_text("a.jpg cat")
+    (src / "val" / "a.jpg").write_bytes(image)
+    said = one_line(build, "folder", src, out, labels=labels)
+    assert "val/cat/v0.jpg: is in a folder beside images that are in none, and 6 images are" in said
+    (src / "val" / "a.jpg").unlink()
+    for name in ("a.jfif", "b.jpe"):
+        (src / "train" / "cat" / name).write_bytes(image)
+    build("folder", src, out)
+    assert {"train/cat/a", "train/cat/b"} < {s["__key__"] for s in read(out, "train")}
+
+
+def test_nothing_in_the_source_or_no_place_for_the_shards(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    sources.folder(src)
+    for nowhere in (".", "/", "..", tmp_path / ".."):
+        assert "--out: " in one_line(build, "folder", src, Path(nowhere))
+    (src / "train" / "cow").mkdir()
+    assert "train/cow: holds no images; fill it or remove it" in one_line(build, "folder", src, out)
+    (src / "train" / "cow").rmdir()
+    for name in (b"\xff.jpg", b"\xff/1.jpg"):
+        path = src / "train" / "cat" / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        assert "its name is not UTF-8; rename it" in one_line(build, "folder", src, out).encode().decode()
+        path.unlink()
+    path.parent.rmdir()
+    shutil.rmtree(src / "val")
+    (src / "val").mkdir()
+    assert "val: holds no class folders" in one_line(build, "folder", src, out)
+    shutil.rmtree(src / "train")
+    (src / "train").mkdir()
+    assert "train: holds no class folders" in one_line(build, "folder", src, out)
+    src = tmp_path / "rows"
+    sources.imagenet(src, 32)
+    (src / "val_data").write_bytes(pickle.dumps({"data": np.zeros((0, 3072), np.uint8), "labels": []}))
+    assert f"{src}: holds no val images" in one_line(build, "imagenet32", src, out)
