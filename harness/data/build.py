@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from harness.config import BadInput
 from harness.data import tars
+from harness.data.decode import Pixels, Scratch, crop, whole
 from harness.data.decode import kind as kind_of
 from harness.data.index import NAME, Index, IntArray, Part
 from harness.data.parallel import each
@@ -100,6 +101,7 @@ def build(
         index = Index.make(shards, parts)
         index.write(shards / NAME)
         (shards / BUILT).write_text(json.dumps({**made, "sha256": index.sha256}, indent=1) + "\n")
+        _clear(work)  # again: a worker that outlived a killed build may have begun a shard since
         _sync(shards)
         os.rename(shards, out)  # noqa: PTH104 - takes the place of an empty folder, and of nothing else
         _sync(out.parent)
@@ -187,7 +189,7 @@ def _members(where: Where, path: str, task: _Task) -> Iterator[tuple[str, bytes]
 
 def _pixels(raw: bytes, shape: tuple[int, int, int], options: Options) -> tuple[str, bytes]:
     planes = np.frombuffer(raw, dtype=np.uint8).reshape(shape)
-    image = Image.fromarray(planes[0] if len(planes) == 1 else np.ascontiguousarray(planes.transpose(1, 2, 0)))
+    image = _image(planes.transpose(1, 2, 0))
     if options.quality is None and not _too_large(image, options):
         encoded = io.BytesIO()
         image.save(encoded, "PNG")
@@ -200,10 +202,20 @@ def _encoded(content: bytes, options: Options) -> tuple[str, bytes]:
     if kind == "unknown":
         raise ValueError(f"is neither JPEG nor PNG (begins with {content[:8]!r})")
     if options.quality is not None or options.max_side is not None:
-        with Image.open(io.BytesIO(content), formats=(kind.upper(),)) as image:
-            if options.quality is not None or _too_large(image, options):
-                return "jpg", _jpeg(image, options)
+        try:
+            image = Image.open(io.BytesIO(content), formats=(kind.upper(),))  # the header alone
+        except UnidentifiedImageError:  # its message is an address in memory
+            raise ValueError(f"damaged {kind.upper()} header") from None
+        if options.quality is not None or _too_large(image, options):
+            # by the strict decoder: Pillow fills in what is damaged, and encoded again it would look whole
+            pixels = crop(content, 1 if image.mode in ("1", "L", "LA") or image.mode.startswith("I") else 3, whole, Scratch())
+            return "jpg", _jpeg(_image(pixels), options)
     return {"jpeg": "jpg", "png": "png"}[kind], content
+
+
+def _image(pixels: Pixels) -> Image.Image:
+    """Of (height, width, 1 or 3)."""
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
 
 def _too_large(image: Image.Image, options: Options) -> bool:
@@ -211,8 +223,6 @@ def _too_large(image: Image.Image, options: Options) -> bool:
 
 
 def _jpeg(image: Image.Image, options: Options) -> bytes:
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("L" if image.mode in ("1", "LA", "I;16") else "RGB")
     if options.max_side is not None and max(image.size) > options.max_side:
         scale = options.max_side / max(image.size)
         width, height = (max(1, math.floor(side * scale + 0.5)) for side in image.size)
@@ -228,6 +238,8 @@ def _jpeg(image: Image.Image, options: Options) -> bytes:
 @contextmanager
 def _workshop(out: Path) -> Iterator[Path]:
     """A folder beside `out` to work in, kept when the build fails and gone when it is done."""
+    if out.name in ("", ".."):
+        raise BadInput(f"--out: {out} is a folder that is there under no name of its own; give a new one, e.g. {out / 'shards'}")
     work = out.with_name(f".{out.name}.building")
     work.mkdir(parents=True, exist_ok=True)
     handle = os.open(work, os.O_RDONLY)
@@ -260,8 +272,13 @@ def _same_as_before(work: Path, made: dict[str, Any]) -> None:
     if was is not None and was != made:
         odd = next(key for key in made if was.get(key) != made[key])
         raise BadInput(f"{work}: is the beginning of another build ({odd} {was.get(odd)}, asked for {made[odd]}); remove it to start anew")
+    _clear(work)
+
+
+def _clear(work: Path) -> None:
+    """What is half-written; a worker of a build that was killed, in its last moments, may just have given it its name."""
     for left in (*work.glob("shards/.*"), *work.glob("parts/.*")):
-        left.unlink()
+        left.unlink(missing_ok=True)
 
 
 def _fingerprint(source: Source) -> str:
@@ -271,6 +288,7 @@ def _fingerprint(source: Source) -> str:
         digest.update(b"\n".join(listing.key.tolist()))
         for column in (listing.label, listing.size):
             digest.update(column.astype("<i8").tobytes())
+    digest.update(source.content.encode())
     return digest.hexdigest()[:16]
 
 

