@@ -96,16 +96,26 @@ def members(file: BinaryIO) -> Generator[tarfile.TarInfo, None, None]:
     GNU, PAX and old tars, long names among them. The file may be read elsewhere between two members.
     """
     end = 0
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # which would keep every header of a large archive
-            if member.issparse():
-                raise tarfile.ReadError(f"{member.name} is stored as a sparse file; pack it again without --sparse")
-            end = member.offset_data + (-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if member.isreg() else 0)
-            yield member
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # which would keep every header of a large archive
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is stored as a sparse file; pack it again without --sparse")
+                if member.size < 0 or tar.offset <= end:  # would be read again and again: CVE-2025-8194
+                    raise tarfile.ReadError(f"{member.name} says that it ends before it begins, at byte {end}")
+                end = tar.offset
+                yield member
+    except (ValueError, RecursionError) as error:  # of long names and PAX headers that say nonsense
+        raise tarfile.ReadError(f"no header of a member at byte {end}: {error}") from None
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # else a damaged header would be taken for the end
         raise tarfile.ReadError(f"no end of archive at byte {end}")
+    place = end + tarfile.BLOCKSIZE
+    while block := file.read(1 << 20):  # else a header lost in a hole would be taken for the end, and so would a tar before another
+        if rest := block.lstrip(b"\0"):
+            raise tarfile.ReadError(f"the archive ends at byte {end}, but byte {place + len(block) - len(rest)} behind it is not zero")
+        place += len(block)
 
 
 def samples(path: Path | Address) -> Iterator[Sample]:

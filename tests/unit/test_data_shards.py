@@ -321,6 +321,39 @@ def test_a_damaged_header_does_not_end_the_archive_silently(folder):
     assert "no end of archive" in one_line(shards.index_shards, folder)
 
 
+def test_a_hole_and_a_second_tar_do_not_end_the_archive_silently(folder):
+    """A zeroed header in the middle of a tar, and `cat a.tar b.tar`."""
+    shard = folder / "train-000001.tar"
+    raw = shard.read_bytes()
+    offset, _ = tars.member(shard, "t100.png")
+    tars.overwrite(shard, offset - 512, bytes(512))
+    said = f"the archive ends at byte {offset - 512}, but byte {offset} behind it is not zero"
+    assert said in one_line(shards.index_shards, folder)
+    assert any(said in f for f in faults(folder))
+    shard.write_bytes(raw + (folder / "val-000000.tar").read_bytes())
+    assert f"but byte {len(raw)} behind it is not zero" in one_line(shards.index_shards, folder)
+    shard.write_bytes(raw + bytes(3 << 20))
+    shards.index_shards(folder)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [-512, -1024])
+def test_a_member_of_negative_size_is_not_read_for_ever(folder, kind, size):
+    shard = folder / "train-000001.tar"
+    header = tarfile.TarInfo("t000.txt")
+    header.type, header.size = kind, size
+    raw = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    raw[124:136] = (256**12 + size).to_bytes(13)[1:]  # base 256, which tobuf does not write for -512
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    shard.write_bytes(raw + shard.read_bytes())
+    assert "train-000001.tar: truncated or damaged: " in one_line(shards.index_shards, folder)
+    good = tars.member(folder / "train-000000.tar", "t010.png")[0] - 512
+    tars.overwrite(folder / "train-000000.tar", good, raw)
+    (found,) = [f for f in faults(folder) if "train-000000" in f]
+    assert "truncated or damaged: " in found
+
+
 def test_what_cannot_be_loaded_as_an_index(indexed, folder, tmp_path):
     file = indexed / NAME
     assert "no such folder; build shards there" in one_line(Index.load, tmp_path / "absent")
