@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from harness.config import BadInput
 from harness.data.index import Address, CorruptSample, Entry, Part, Shard
-from harness.data.remote import Unreachable, open_shard, size
+from harness.data.remote import Cache, Unreachable, anew, open_shard, size
 
 IMAGES = ("png", "jpg", "jpeg")
 READ = (*IMAGES, "cls", "json")
@@ -118,10 +118,10 @@ def members(file: BinaryIO) -> Generator[tarfile.TarInfo, None, None]:
         place += len(block)
 
 
-def samples(path: Path | Address) -> Iterator[Sample]:
+def samples(path: Path | Address, cache: Cache | None = None) -> Iterator[Sample]:
     """The samples of a shard in order; BadInput at the first byte that is not as a tar should be."""
     try:
-        with open_shard(path) as file, closing(members(file)) as headers:
+        with open_shard(path, cache) as file, closing(members(file)) as headers:
             sample = None
             for member in headers:
                 named = _KEY_AND_EXTENSION.fullmatch(member.name)
@@ -154,13 +154,14 @@ def scan(path: Path | Address, name: str, split: str) -> tuple[Part, set[str]]:
     """
     entries = []
     pickled: set[str] = set()
-    for sample in samples(path):
-        try:
-            entries.append(sample.entry())
-        except ValueError as error:
-            raise CorruptSample(f"{path}: sample {plain(sample.key)}: {error}") from None
-        pickled |= sample.pickled()
-    return Part.of(Shard(name, split, len(entries), size(path) or 0, sha256(path)), entries), pickled
+    with anew(path) as cache:
+        for sample in samples(path, cache):
+            try:
+                entries.append(sample.entry())
+            except ValueError as error:
+                raise CorruptSample(f"{path}: sample {plain(sample.key)}: {error}") from None
+            pickled |= sample.pickled()
+        return Part.of(Shard(name, split, len(entries), size(path) or 0, sha256(path, cache)), entries), pickled
 
 
 def digest(image: bytes) -> int:
@@ -173,9 +174,9 @@ def plain(key: str) -> str:
     return key if key.isprintable() else ascii(key)
 
 
-def sha256(path: Path | Address) -> str:
+def sha256(path: Path | Address, cache: Cache | None = None) -> str:
     digest = hashlib.sha256()
-    with open_shard(path) as file:
+    with open_shard(path, cache) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
