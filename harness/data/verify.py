@@ -274,7 +274,8 @@ class _Together:
         outside = np.flatnonzero((self._labels < 0) | (self._labels >= classes))
         if len(outside) * 100 > len(self._labels):
             labels = _few([str(label) for label in np.unique(self._labels[outside]).tolist()])
-            yield Finding("warning", self._folder, None, f"no training sample has label {classes}, though {labels} occur")
+            severity: Severity = "fault" if self._in["train"].any() else "warning"  # a few of val need not have every class
+            yield Finding(severity, self._folder, None, f"no training sample has label {classes}, though {labels} occur")
             return
         for number in outside.tolist():
             message = f"label {self._labels[number]} is outside the classes 0..{classes - 1} of the training samples"
