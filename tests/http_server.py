@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,6 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Last-Modified", formatdate(file.stat().st_mtime, usegmt=True))
         self.send_header("Connection", "close")  # or a server that was stopped would go on answering
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")

@@ -302,18 +302,37 @@ class Index:
                     raise KeyError("format")
                 if manifest["version"] != VERSION:
                     raise BadInput(f"{file}: is of index version {manifest['version']}, this wrbench reads {VERSION}; {remedy}")
-                columns = {column: archive[column] for column in COLUMNS}
+                index = cls(
+                    folder=Address(manifest["folder"]) if "://" in manifest["folder"] else file.parent / manifest["folder"],
+                    shards=tuple(Shard(**shard) for shard in manifest["shards"]),
+                    extensions=tuple(manifest["extensions"]),
+                    sha256=manifest["sha256"],
+                    **{column: archive[column] for column in COLUMNS},
+                )
+                index._refuse_nonsense()
         except BadInput:
             raise
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise BadInput(f"{file}: is damaged or no index of shards ({type(error).__name__}); {remedy}") from None
-        return cls(
-            folder=Address(manifest["folder"]) if "://" in manifest["folder"] else file.parent / manifest["folder"],
-            shards=tuple(Shard(**shard) for shard in manifest["shards"]),
-            extensions=tuple(manifest["extensions"]),
-            sha256=manifest["sha256"],
-            **columns,
-        )
+        return index
+
+    def _refuse_nonsense(self) -> None:
+        """ValueError unless manifest and arrays are of the types they should be, and agree."""
+        texts = [self.sha256, *self.extensions, *(text for shard in self.shards for text in (shard.name, shard.sha256))]
+        counts = [count for shard in self.shards for count in (shard.samples, shard.bytes)]
+        if not (all(type(text) is str for text in texts) and all(type(count) is int and count >= 0 for count in counts)):
+            raise ValueError("manifest")
+        if not self.shards or any(shard.split not in ("train", "val") for shard in self.shards):
+            raise ValueError("shards")
+        samples = sum(shard.samples for shard in self.shards)
+        for column in COLUMNS:
+            array = getattr(self, column)
+            if array.shape != (samples,) or array.dtype.kind not in ("S" if column == "key" else "iu"):
+                raise ValueError(column)
+        if not np.array_equal(self.shard, np.repeat(np.arange(len(self.shards)), [shard.samples for shard in self.shards])):
+            raise ValueError("shard")
+        if samples and (self.extension.min() < 0 or self.extension.max() >= len(self.extensions) or self.offset.min() < 0):
+            raise ValueError("extension, offset")
 
 
 def _holdout_rank(label: npt.NDArray[np.int32], digest: npt.NDArray[np.uint64], is_val: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
@@ -352,9 +371,21 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | npt.NDArray[Any])
             np.lib.format.write_array(member, content, version=(1, 0), allow_pickle=False)
 
 
+def tars_below(folder: Path) -> Iterator[str]:
+    """Names of the tars of a folder, also of those in folders that are links to elsewhere, each folder once."""
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(path, file).relative_to(folder).as_posix() for file in files if file.endswith(".tar"))
+
+
 def _missing(path: Path) -> str:
     if not path.exists():
         return f"{path}: no such folder; build shards there, e.g. wrbench shards build mnist5k --out {path}"
-    if not any(path.rglob("*.tar")):
+    if not any(tars_below(path)):
         return f"{path}: holds no shards; build them in a new folder, e.g. wrbench shards build mnist5k --out {path / 'mnist5k'}"
     return f"{path}: the shards have no index; write one with: wrbench shards index {path}"

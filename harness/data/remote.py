@@ -1,7 +1,7 @@
 """Shards that lie elsewhere: http(s), s3, gs and hf addresses through fsspec, in blocks that are kept in a local folder.
 
 A block is asked for again when the connection breaks or stalls. The folder is shared by all processes of a node: a block is
-whole or absent, and the ones used longest ago make room for new ones.
+whole or absent, and the ones used longest ago make room for new ones. What is indexed or verified is asked for anew.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
+import shutil
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -27,10 +30,14 @@ STALL_SECONDS = 20.0
 """without a byte, and a request is given up"""
 WAIT_SECONDS = 0.5
 """before the second attempt; twice as long before each further one"""
+VERSION = ("ETag", "etag", "Last-Modified", "LastModified", "mtime", "updated", "blob_id")
+"""what filesystems say of a file that is another once the file has changed"""
+UNFINISHED_SECONDS = 3600
+"""a temporary file this old is left of a process that is gone"""
 
 
 class Unreachable(OSError):
-    """Every attempt at a part of a shard failed; names the shard, the attempts and the last reason."""
+    """A part of a shard cannot be had: every attempt failed, or there is no place to keep it. Names the shard and the reason."""
 
 
 class Missing(BadInput):
@@ -42,6 +49,8 @@ class Cache:
     folder: Path
     bytes: int = 64 << 30
     """at most so many are kept, and one block more for each process"""
+    own: str = ""
+    """blocks are kept apart from those of caches with another word here"""
 
 
 def node_cache() -> Cache:
@@ -53,9 +62,23 @@ def node_cache() -> Cache:
     return Cache(Path(folder).expanduser(), int(gigabytes) * 10**9)
 
 
-def open_shard(path: Path | Address) -> BinaryIO:
+@contextmanager
+def anew(path: Path | Address) -> Iterator[Cache | None]:
+    """A cache in which nothing is kept of a shard before, nor afterwards: what is read through it is what lies there now."""
+    if isinstance(path, Path):
+        yield None
+        return
+    cache = replace(node_cache(), own=f"{secrets.token_hex(8)}-")
+    try:
+        yield cache
+    finally:
+        for folder in cache.folder.glob(f"{cache.own}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_shard(path: Path | Address, cache: Cache | None = None) -> BinaryIO:
     """A shard to read from, wherever it lies; OSError, BadInput."""
-    return open(path, "rb") if isinstance(path, Path) else io.BufferedReader(_File(RemoteShard(path, node_cache())), 1 << 20)
+    return open(path, "rb") if isinstance(path, Path) else io.BufferedReader(_File(RemoteShard(path, cache or node_cache())), 1 << 20)
 
 
 class LocalShard:
@@ -108,12 +131,13 @@ class RemoteShard:
     def __init__(self, address: str, cache: Cache) -> None:
         self.address, self._cache = address, cache
         self._filesystem, self._path = _filesystem(address)
-        size = self._patiently(lambda: self._filesystem.info(self._path)["size"])
-        if size is None:
+        about = self._patiently(lambda: self._filesystem.info(self._path))
+        if (size := about.get("size")) is None:
             raise BadInput(f"{address}: its server does not say how long it is, so it cannot be read in parts; copy it here first")
         self.size = int(size)
-        # another file at the same address has another length, as a rule; what is read is checked by crc32 anyway
-        self._folder = cache.folder / hashlib.sha256(f"{address} {self.size}".encode()).hexdigest()[:32]
+        # a server that says nothing but the length may hold another file of this length; what is trained on is checked by crc32
+        version = " ".join(str(about[key]) for key in VERSION if about.get(key))
+        self._folder = cache.folder / (cache.own + hashlib.sha256(f"{address} {self.size} {version}".encode()).hexdigest()[:32])
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes of [offset, offset + size), fewer at the end; safe in several threads."""
@@ -125,20 +149,32 @@ class RemoteShard:
         return b"".join(parts)
 
     def _block(self, number: int) -> bytes:
-        file, length = self._folder / str(number), min(BLOCK, self.size - number * BLOCK)
-        with suppress(FileNotFoundError):
-            content = file.read_bytes()
-            if len(content) == length:
-                os.utime(file)  # used now
-                return content
-        start = number * BLOCK
-        fetched: bytes = self._patiently(lambda: self._fetch(start, start + length))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
-        temporary.write_bytes(fetched)
-        temporary.replace(file)
-        _make_room(self._cache)
+        file, start, length = self._folder / str(number), number * BLOCK, min(BLOCK, self.size - number * BLOCK)
+        try:
+            with suppress(FileNotFoundError):
+                content = file.read_bytes()
+                if len(content) == length:
+                    os.utime(file)  # used now
+                    return content
+            fetched: bytes = self._patiently(lambda: self._fetch(start, start + length))
+            self._keep(file, fetched)
+        except Unreachable:
+            raise
+        except OSError as error:  # is no fault of the shard
+            raise Unreachable(
+                f"{self.address}: cannot be kept in {self._cache.folder}: {error.strerror or error}; make room, or set WRBENCH_CACHE"
+            ) from None
         return fetched
+
+    def _keep(self, file: Path, content: bytes) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _make_room(self._cache)
 
     def _fetch(self, start: int, stop: int) -> bytes:
         content = bytes(self._filesystem.cat_file(self._path, start=start, end=stop))
@@ -182,12 +218,14 @@ def _filesystem(address: str) -> tuple[Any, str]:
 
 
 def _make_room(cache: Cache) -> None:
-    """Removes the blocks used longest ago until the rest fit."""
+    """Removes the blocks used longest ago until the rest fit, but no block that a process is writing just now."""
     blocks = []
+    unfinished = time.time_ns() - UNFINISHED_SECONDS * 10**9
     for file in cache.folder.glob("*/*"):
         with suppress(FileNotFoundError):
             status = file.stat()
-            blocks.append((status.st_mtime_ns, status.st_size, file))
+            if not file.name.startswith(".") or status.st_mtime_ns < unfinished:
+                blocks.append((status.st_mtime_ns, status.st_size, file))
     excess = sum(size for _, size, _ in blocks) - cache.bytes
     for _, size, file in sorted(blocks):
         if excess <= 0:

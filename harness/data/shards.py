@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 
 from harness.config import BadInput
 from harness.data import tars
-from harness.data.index import NAME, Address, Index, Part
+from harness.data.index import NAME, Address, Index, Part, tars_below
 from harness.data.parallel import each
 from harness.data.remote import SCHEMES, size
 
@@ -33,22 +33,21 @@ def locate(path: Path | str) -> tuple[Path | Address, list[str]]:
     """(folder, names of the shards below it, sorted) of a folder or of a list as WebDataset writes it: DIR/{train,val}-{000..146}.tar.
 
     A list may be of addresses in one folder: https://host/folder/train-{000..146}.tar. BadInput for what is neither, such as
-    a command, and when a local shard is missing or named twice.
+    a command, and when a shard is named twice or a local one is missing.
     """
     text = str(path)
     if (folder := Path(text)).is_dir():
-        names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.tar"))
-        if not names:
+        if not (names := sorted(tars_below(folder))):
             raise BadInput(f"{folder}: holds no *.tar; give the folder of the shards")
         return folder, names
-    if (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)) and scheme[1] in SCHEMES:
-        folders, *names = _remote(text)
-        return Address(folders), names
+    if (scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(?!:)", text)) and scheme[1] in SCHEMES:
+        address, names = _remote(text)
+        return address, _each_once(text, names)
     if scheme:
         commands = "a shard is data, and commands are never run; " if scheme[1] == "pipe" else ""
         raise BadInput(f"{text}: {commands}give a folder of shards, or a list such as data/train-{{000..146}}.tar")
     try:
-        files = [Path(file) for part in text.split("::") for file in braceexpand(part)]
+        files = [Path(file).absolute() for part in text.split("::") for file in braceexpand(part)]
     except ValueError as error:
         raise BadInput(f"{text}: {error}; e.g. data/train-{{000..146}}.tar") from None
     if missing := [file for file in files if not file.is_file()]:
@@ -56,23 +55,28 @@ def locate(path: Path | str) -> tuple[Path | Address, list[str]]:
         more = f" (and {len(missing) - 1} more of {len(files)})" if len(missing) > 1 else ""
         raise BadInput(f"{missing[0]}: {what}{more}; give the folder of the shards, or a list of them")
     folder = Path(os.path.commonpath([file.parent for file in files]))
-    names = sorted(file.relative_to(folder).as_posix() for file in files)
+    return folder, _each_once(text, [file.relative_to(folder).as_posix() for file in files])
+
+
+def _each_once(text: str, names: Sequence[str]) -> list[str]:
+    """Sorted; BadInput for one that is there twice."""
+    names = sorted(names)
     if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
         raise BadInput(f"{text}: names {twice} twice")
-    return folder, names
+    return names
 
 
-def _remote(text: str) -> list[str]:
-    """The folder that addresses have in common, and the sorted names in it."""
+def _remote(text: str) -> tuple[Address, list[str]]:
+    """The folder that addresses have in common, and the names in it."""
     try:
-        addresses = sorted(address for part in text.split("::") for address in braceexpand(part))
+        addresses = [address for part in text.split("::") for address in braceexpand(part)]
     except ValueError as error:
         raise BadInput(f"{text}: {error}; e.g. https://host/folder/train-{{000..146}}.tar") from None
     common = os.path.commonprefix([address.rpartition("/")[0] + "/" for address in addresses])  # noqa: RUF071 - cut at a / below
     folder = common.rpartition("/")[0]
     if folder.endswith(":/") or "://" not in folder:
         raise BadInput(f"{text}: is not in one folder of one host; e.g. https://host/folder/train-{{000..146}}.tar")
-    return [folder, *(address.removeprefix(f"{folder}/") for address in addresses)]
+    return Address(folder), [address.removeprefix(f"{folder}/") for address in addresses]
 
 
 def sizes(folder: Path | Address, names: Sequence[str]) -> list[int]:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from harness.config import BadInput
 from harness.data.index import Address, CorruptSample, Entry, Part, Shard
-from harness.data.remote import Unreachable, open_shard, size
+from harness.data.remote import Cache, Unreachable, anew, open_shard, size
 
 IMAGES = ("png", "jpg", "jpeg")
 READ = (*IMAGES, "cls", "json")
@@ -96,22 +96,32 @@ def members(file: BinaryIO) -> Generator[tarfile.TarInfo, None, None]:
     GNU, PAX and old tars, long names among them. The file may be read elsewhere between two members.
     """
     end = 0
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # which would keep every header of a large archive
-            if member.issparse():
-                raise tarfile.ReadError(f"{member.name} is stored as a sparse file; pack it again without --sparse")
-            end = member.offset_data + (-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if member.isreg() else 0)
-            yield member
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # which would keep every header of a large archive
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is stored as a sparse file; pack it again without --sparse")
+                if member.size < 0 or tar.offset <= end:  # would be read again and again: CVE-2025-8194
+                    raise tarfile.ReadError(f"{member.name} says that it ends before it begins, at byte {end}")
+                end = tar.offset
+                yield member
+    except (ValueError, RecursionError) as error:  # of long names and PAX headers that say nonsense
+        raise tarfile.ReadError(f"no header of a member at byte {end}: {error}") from None
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # else a damaged header would be taken for the end
         raise tarfile.ReadError(f"no end of archive at byte {end}")
+    place = end + tarfile.BLOCKSIZE
+    while block := file.read(1 << 20):  # else a header lost in a hole would be taken for the end, and so would a tar before another
+        if rest := block.lstrip(b"\0"):
+            raise tarfile.ReadError(f"the archive ends at byte {end}, but byte {place + len(block) - len(rest)} behind it is not zero")
+        place += len(block)
 
 
-def samples(path: Path | Address) -> Iterator[Sample]:
+def samples(path: Path | Address, cache: Cache | None = None) -> Iterator[Sample]:
     """The samples of a shard in order; BadInput at the first byte that is not as a tar should be."""
     try:
-        with open_shard(path) as file, closing(members(file)) as headers:
+        with open_shard(path, cache) as file, closing(members(file)) as headers:
             sample = None
             for member in headers:
                 named = _KEY_AND_EXTENSION.fullmatch(member.name)
@@ -144,13 +154,14 @@ def scan(path: Path | Address, name: str, split: str) -> tuple[Part, set[str]]:
     """
     entries = []
     pickled: set[str] = set()
-    for sample in samples(path):
-        try:
-            entries.append(sample.entry())
-        except ValueError as error:
-            raise CorruptSample(f"{path}: sample {plain(sample.key)}: {error}") from None
-        pickled |= sample.pickled()
-    return Part.of(Shard(name, split, len(entries), size(path) or 0, sha256(path)), entries), pickled
+    with anew(path) as cache:
+        for sample in samples(path, cache):
+            try:
+                entries.append(sample.entry())
+            except ValueError as error:
+                raise CorruptSample(f"{path}: sample {plain(sample.key)}: {error}") from None
+            pickled |= sample.pickled()
+        return Part.of(Shard(name, split, len(entries), size(path) or 0, sha256(path, cache)), entries), pickled
 
 
 def digest(image: bytes) -> int:
@@ -163,9 +174,9 @@ def plain(key: str) -> str:
     return key if key.isprintable() else ascii(key)
 
 
-def sha256(path: Path | Address) -> str:
+def sha256(path: Path | Address, cache: Cache | None = None) -> str:
     digest = hashlib.sha256()
-    with open_shard(path) as file:
+    with open_shard(path, cache) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

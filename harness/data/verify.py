@@ -17,7 +17,7 @@ from harness.config import BadInput
 from harness.data.decode import decode, kind
 from harness.data.index import NAME, Address, Entry, Index, IntArray, Shard
 from harness.data.parallel import each
-from harness.data.remote import size
+from harness.data.remote import Cache, anew, size
 from harness.data.shards import Progress, locate, pickled_members, silent, sizes, split_of
 from harness.data.tars import Sample, digest, plain, samples, sha256
 
@@ -156,8 +156,9 @@ class _Reading:
             self._found("fault", None, f"missing, with the {task.shard.samples if task.shard else 0} samples that the index has of it")
             return
         self.read.bytes = found
-        self._compare_file()
-        whole = self._samples()
+        with anew(self._path) as cache:
+            self._compare_file(cache)
+            whole = self._samples(cache)
         self.read.keys = np.array([key for key, _, _ in whole], dtype=np.bytes_)
         self.read.key_hashes = np.array([digest(key) for key, _, _ in whole], dtype=np.uint64)
         self.read.images = np.array([image for _, image, _ in whole], dtype=np.uint64)
@@ -166,7 +167,7 @@ class _Reading:
     def _found(self, severity: Severity, key: str | None, message: str) -> None:
         self.read.findings.append(Finding(severity, self._path, key, message))
 
-    def _compare_file(self) -> None:
+    def _compare_file(self, cache: Cache | None) -> None:
         was = self._task.shard
         if was is None:
             if self._task.indexed:
@@ -175,15 +176,15 @@ class _Reading:
         if self.read.bytes != was.bytes:
             what = "truncated" if self.read.bytes < was.bytes else "changed since it was indexed"
             self._found("fault", None, f"{what}: {self.read.bytes} bytes, {was.bytes} in the index")
-        elif sha256(self._path) != was.sha256:
+        elif sha256(self._path, cache) != was.sha256:
             self._found("fault", None, "changed since it was indexed: another sha256")
 
-    def _samples(self) -> list[tuple[bytes, int, int]]:
+    def _samples(self, cache: Cache | None) -> list[tuple[bytes, int, int]]:
         """(key, hash of the image, label) of each sample that has them."""
         whole: list[tuple[bytes, int, int]] = []
         last = "none"
         try:
-            for sample in samples(self._path):
+            for sample in samples(self._path, cache):
                 last = plain(sample.key)
                 self.read.pickled |= sample.pickled()
                 try:
@@ -273,7 +274,8 @@ class _Together:
         outside = np.flatnonzero((self._labels < 0) | (self._labels >= classes))
         if len(outside) * 100 > len(self._labels):
             labels = _few([str(label) for label in np.unique(self._labels[outside]).tolist()])
-            yield Finding("warning", self._folder, None, f"no training sample has label {classes}, though {labels} occur")
+            severity: Severity = "fault" if self._in["train"].any() else "warning"  # a few of val need not have every class
+            yield Finding(severity, self._folder, None, f"no training sample has label {classes}, though {labels} occur")
             return
         for number in outside.tolist():
             message = f"label {self._labels[number]} is outside the classes 0..{classes - 1} of the training samples"

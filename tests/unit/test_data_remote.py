@@ -1,6 +1,8 @@
 """Shards over http: the same bytes from a server that drops and stalls connections, one clear error from one that is gone."""
 
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -79,6 +81,58 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_was_used_longest_ago(tmp_pa
             assert sum(f.stat().st_size for f in (tmp_path / "cache").glob("*/*")) <= 10 * 2048
     kept = {f.name for f in (tmp_path / "cache").glob("*/*")}
     assert kept == {"0", *map(str, range(21, 30))}
+
+
+def test_another_file_at_the_same_address_is_read_and_not_what_was_kept(tmp_path, content):
+    with serving(tmp_path / "www") as (address, _):
+        assert RemoteShard(f"{address}/train-0.tar", Cache(tmp_path / "cache")).read(0, 100) == content[:100]
+        (tmp_path / "www" / "train-0.tar").write_bytes(content[::-1])
+        os.utime(tmp_path / "www" / "train-0.tar", (1, 1))
+        assert RemoteShard(f"{address}/train-0.tar", Cache(tmp_path / "cache")).read(0, 100) == content[::-1][:100]
+
+
+def test_index_and_verify_read_what_the_server_holds_now(tmp_path, monkeypatch):
+    """Of a shard that changed and kept its length and date, with blocks of before in the cache."""
+    monkeypatch.setenv("WRBENCH_CACHE", str(tmp_path / "cache"))
+    folder = tars.small(tmp_path / "www")
+    shard = folder / "val-000000.tar"
+    with serving(folder) as (address, _):
+        before = shards.index_shards(f"{address}/{{train-{{000000..000001}},val-000000}}.tar", tmp_path / "remote")
+        for name in ("train-000000.tar", "train-000001.tar", "val-000000.tar"):
+            remote.reader(Address(address) / name).read(0, 10**9)
+        kept = {f.parent.name for f in (tmp_path / "cache").glob("*/*")}
+        times = shard.stat().st_mtime_ns
+        tars.overwrite(shard, tars.member(shard, "v004.png")[0], bytes(20))
+        os.utime(shard, ns=(times, times))
+        found = [str(f) for f in verify(tmp_path / "remote").findings]
+        assert any("sample v004: its image changed since it was indexed" in f for f in found)
+        assert any("another sha256" in f for f in found)
+        after = shards.index_shards(f"{address}/{{train-{{000000..000001}},val-000000}}.tar", tmp_path / "again")
+        assert after.sha256 != before.sha256
+    assert {f.parent.name for f in (tmp_path / "cache").glob("*/*")} == kept and len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_a_block_that_another_process_is_writing_makes_no_room(tmp_path, content):
+    with serving(tmp_path / "www") as (address, _):
+        shard = RemoteShard(f"{address}/train-0.tar", Cache(tmp_path / "cache", 2 * 2048))
+        shard.read(0, 1)
+        folder = next((tmp_path / "cache").iterdir())
+        now, left = folder / ".7.1.1", folder / ".8.1.1"
+        for file, age in ((now, 100), (left, 7200)):
+            file.write_bytes(bytes(2048))
+            os.utime(file, (time.time() - age,) * 2)
+        for number in range(1, 6):
+            shard.read(number * 2048, 1)
+    assert now.exists() and not left.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_shard(tmp_path, monkeypatch):
+    full = tmp_path / "cache"
+    full.write_bytes(b"a file")
+    monkeypatch.setenv("WRBENCH_CACHE", str(full))
+    tars.small(tmp_path / "www")
+    with serving(tmp_path / "www") as (address, _), pytest.raises(Unreachable, match=r"000.tar: cannot be kept in .*cache: Not a dir"):
+        shards.index_shards(f"{address}/train-000000.tar", tmp_path / "remote")
 
 
 def test_what_is_no_shard(tmp_path, content):

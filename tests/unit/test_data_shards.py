@@ -321,6 +321,39 @@ def test_a_damaged_header_does_not_end_the_archive_silently(folder):
     assert "no end of archive" in one_line(shards.index_shards, folder)
 
 
+def test_a_hole_and_a_second_tar_do_not_end_the_archive_silently(folder):
+    """A zeroed header in the middle of a tar, and `cat a.tar b.tar`."""
+    shard = folder / "train-000001.tar"
+    raw = shard.read_bytes()
+    offset, _ = tars.member(shard, "t100.png")
+    tars.overwrite(shard, offset - 512, bytes(512))
+    said = f"the archive ends at byte {offset - 512}, but byte {offset} behind it is not zero"
+    assert said in one_line(shards.index_shards, folder)
+    assert any(said in f for f in faults(folder))
+    shard.write_bytes(raw + (folder / "val-000000.tar").read_bytes())
+    assert f"but byte {len(raw)} behind it is not zero" in one_line(shards.index_shards, folder)
+    shard.write_bytes(raw + bytes(3 << 20))
+    shards.index_shards(folder)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [-512, -1024])
+def test_a_member_of_negative_size_is_not_read_for_ever(folder, kind, size):
+    shard = folder / "train-000001.tar"
+    header = tarfile.TarInfo("t000.txt")
+    header.type, header.size = kind, size
+    raw = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    raw[124:136] = (256**12 + size).to_bytes(13)[1:]  # base 256, which tobuf does not write for -512
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    shard.write_bytes(raw + shard.read_bytes())
+    assert "train-000001.tar: truncated or damaged: " in one_line(shards.index_shards, folder)
+    good = tars.member(folder / "train-000000.tar", "t010.png")[0] - 512
+    tars.overwrite(folder / "train-000000.tar", good, raw)
+    (found,) = [f for f in faults(folder) if "train-000000" in f]
+    assert "truncated or damaged: " in found
+
+
 def test_what_cannot_be_loaded_as_an_index(indexed, folder, tmp_path):
     file = indexed / NAME
     assert "no such folder; build shards there" in one_line(Index.load, tmp_path / "absent")
@@ -341,6 +374,57 @@ def test_what_cannot_be_loaded_as_an_index(indexed, folder, tmp_path):
             content = old.read(name)
             new.writestr(name, content.replace(b'"version": 2', b'"version": 0') if name == "manifest.json" else content)
     assert "index version 0, this wrbench reads 2" in one_line(Index.load, folder)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"folder": 3}, {"sha256": None}, {"shards": []}, {"shards": [{"name": "x"}]}, {"shards": 7}, {"extensions": [1]}, {"extensions": []},
+        {"size": np.zeros(152, np.uint32)}, {"key": np.zeros(153)}, {"label": np.zeros((153, 2), np.int32)}, {"crc32": np.zeros(153)},
+        {"shard": np.full(153, 7, np.int32)}, {"offset": np.full(153, -1)},
+    ],
+    ids=lambda nonsense: str(*nonsense),
+)  # fmt: skip
+def test_an_index_whose_fields_or_arrays_are_not_what_they_should_be(indexed, nonsense):
+    file = indexed / NAME
+    with np.load(file) as archive:
+        columns = {column: archive[column] for column in COLUMNS}
+        manifest = json.loads(archive["manifest.json"])
+    np.savez(file, **(columns | {k: v for k, v in nonsense.items() if k in columns}))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("manifest.json", json.dumps(manifest | {k: v for k, v in nonsense.items() if k in manifest}))
+    assert "is damaged or no index" in one_line(Index.load, indexed)
+
+
+def test_shards_in_folders_that_are_links(folder, tmp_path):
+    """As a set is put together of parts that lie elsewhere; a link to a folder above is not followed for ever."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "train").symlink_to(folder)
+    (folder / "up").symlink_to(linked)
+    (folder / "val-000000.tar").rename(linked / "val-000000.tar")
+    names = ["train/train-000000.tar", "train/train-000001.tar", "val-000000.tar"]
+    assert shards.locate(linked) == (linked, names)
+    assert one_line(Index.load, linked).startswith(f"{linked}: the shards have no index")
+
+
+def test_lists_of_relative_and_absolute_paths_and_what_is_named_twice(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert shards.locate(f"train-000000.tar::{folder}/val-000000.tar") == (folder, ["train-000000.tar", "val-000000.tar"])
+    assert "names train-000000.tar twice" in one_line(shards.locate, f"train-000000.tar::{folder}/train-000000.tar")
+    assert "names train-1.tar twice" in one_line(shards.locate, "https://host/a/train-{0,1,1}.tar")
+
+
+@pytest.mark.parametrize("labels", [range(1, 5), [0, 1, 2, 9]])
+def test_labels_that_training_refuses_are_a_fault(folder, labels):
+    """1-based, or many outside the classes; a few samples of val alone need not have every class."""
+    images = [members["png"] for _, members in tars.digits("t", 12, 1)]
+    for split in ("train", "val"):
+        samples = [(f"{split}{i}", {"png": images[i + 6 * (split == "val")], "cls": str(labels[i % 4]).encode()}) for i in range(6)]
+        tars.write(folder / "other" / f"{split}-0.tar", samples)
+    assert any("no training sample has label" in f for f in faults(folder / "other"))
+    (folder / "other" / "train-0.tar").unlink()
+    assert faults(folder / "other") == [] and faults(folder / "other", "warning")
 
 
 def test_check_holds_the_workload_against_the_shards(indexed):
