@@ -21,7 +21,8 @@ import torch
 
 from harness import checkpoint, journal, provenance
 from harness.config import BadInput, Trial
-from harness.data.loader import Substitution
+from harness.data.index import CorruptSample
+from harness.data.loader import SUBSTITUTED_SHARE, Substitution
 from harness.dist import Ranks, peer_lost
 from harness.engine import Engine
 from harness.journal import Journal
@@ -135,6 +136,8 @@ class Attempt:
             engine.load(saved)
             progress = Progress(**saved.manifest["progress"])
         self._saved = progress
+        lines = journal.glance(self.folder.journal) if self.ranks.rank == 0 else ()
+        self._substituted = set(self.ranks.from_rank_0([line["substituted"] for line in lines if "substituted" in line]))
         self._write(progress.steps_done, event="start", resumed_from=progress.steps_done, **self._description(), **described)
         for complaint in (*self._warnings, *complaints):
             self.warn(progress.steps_done, complaint)
@@ -167,16 +170,26 @@ class Attempt:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._write(step, metrics=metrics)
 
-    def warn(self, step: int, message: str) -> None:
-        self._write(step, event="warning", message=message)
+    def warn(self, step: int, message: str, **more: Any) -> None:
+        self._write(step, event="warning", message=message, **more)
 
     def substitutions(self, step: int, found: Iterable[Substitution]) -> dict[str, float]:
-        """Warns once of each corrupt sample that any rank replaced; their number as a metric, if there are any. Collective."""
+        """Warns once of each corrupt sample that any rank replaced; their number as a metric, if there are any. Collective.
+
+        Raises CorruptSample on every rank when they are over the limit, with those of the attempts before: of its own samples
+        each process only knows that they are within it.
+        """
         for part in self.ranks.gathered([(s.number, f"{s.reason}; sample {s.substitute} takes its place") for s in found]):
             for number, message in part:
                 if number not in self._substituted:
                     self._substituted.add(number)
-                    self.warn(step, message)
+                    self.warn(step, message, substituted=number)
+        trained = self.trial.workload.data.trained_samples
+        if len(self._substituted) > SUBSTITUTED_SHARE * trained:
+            raise CorruptSample(
+                f"{len(self._substituted)} of {trained} training samples are corrupt, each named in a warning: over the limit of "
+                f"{SUBSTITUTED_SHARE:.0%} for on_corrupt: substitute; see: wrbench shards verify"
+            )
         return {"data/substituted": float(len(self._substituted))} if self._substituted else {}
 
     def _write(self, step: int, **fields: Any) -> None:

@@ -6,7 +6,7 @@ either `metrics` or an `event`:
     start       attempt begins: resumed_from (steps already done), total_steps, world_size, host, pid, ...
     checkpoint  step = steps done; everything before that step is final. stall_seconds: how long the loop stood still for
                 it; step_seconds: the mean step since the save before, to hold it against
-    warning     message
+    warning     message; of a corrupt sample that another one replaces, substituted: its number in the index
     stop        the attempt was told to stop and saved itself; the trial is interrupted
     end         state: finished | failed | diverged, error; or, from whoever runs the attempts, failed | exhausted | cancelled
 

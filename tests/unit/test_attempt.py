@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ import torch
 from harness import journal
 from harness.attempt import Attempt
 from harness.checkpoint import Superseded
+from harness.data.index import CorruptSample
+from harness.data.loader import SUBSTITUTED_SHARE, Substitution
 from harness.dist import Ranks
+from harness.engine import Engine
 from harness.store import TrialFolder
 from tests.trials import trial
 
@@ -73,3 +77,28 @@ def test_what_is_unfinished_goes_when_the_trial_ends(tmp_path: Path) -> None:
             (folder.checkpoints / f".step-9-attempt-{number}").mkdir(parents=True)
         assert attempt.end("finished", 245, "abc")["state"] == "finished"
     assert [p.name for p in folder.checkpoints.iterdir()] == [".step-9-attempt-2"], "a newer attempt's may be being written"
+
+
+class _Two(Ranks):
+    """Rank 0 of two, whose peer has found other samples."""
+
+    def gathered(self, value: list[object]) -> list[object]:
+        return [value, [(number + 1, message) for number, message in value]]  # type: ignore[misc]
+
+
+def test_substituted_samples_are_counted_over_ranks_and_attempts(tmp_path: Path) -> None:
+    folder, engine = TrialFolder(tmp_path), cast(Engine, None)  # with no checkpoint nothing is loaded
+    limit = int(trial().workload.data.trained_samples * SUBSTITUTED_SHARE)
+    found = [Substitution(number, 1, "corrupt") for number in range(10, 10 + limit)]
+    with Attempt(trial(), folder, ALONE) as attempt:
+        attempt.resume(engine)
+        assert attempt.substitutions(0, []) == {}
+        assert attempt.substitutions(4, found[:-1]) == {"data/substituted": limit - 1}
+    with Attempt(trial(), folder, ALONE) as attempt:
+        attempt.resume(engine)
+        assert attempt.substitutions(4, []) == {"data/substituted": limit - 1}, "it does not fall"
+        assert attempt.substitutions(4, found) == {"data/substituted": limit}
+    assert len(journal.fold(journal.read(folder.journal)).warnings) == limit, "each is warned of once"
+    with pytest.raises(CorruptSample, match=f"{limit + 1} of 3500"), Attempt(trial(), folder, _Two(0, 0, 2, ALONE.device)) as attempt:
+        attempt.resume(engine)
+        attempt.substitutions(4, found)
