@@ -162,7 +162,8 @@ def _are_there(cluster: Cluster, job_id: str, count: int) -> bool:
 
 
 def draw(lab: Lab, pair: Pair, times: int) -> list[int]:
-    return lab.rng.sample(range(pair.total // 20, pair.total * 9 // 10), times)
+    """Steps that leave seconds of training for the preemption to come in."""
+    return lab.rng.sample(range(pair.total // 20, pair.total * 7 // 10), times)
 
 
 def unlike(pairs: Sequence[Pair]) -> list[str]:
@@ -183,7 +184,7 @@ def left_behind(cluster: Cluster, pairs: Sequence[Pair], seconds: float = 10) ->
 def heard(lab: Lab) -> Iterator[Row]:
     """Thorough: all trials at a time, on eight nodes, slow enough that each trains for a minute. Else: two, on the cluster's four."""
     chosen, times, epochs = (PAIRS, 5, 12) if lab.thorough else (PAIRS[:2], 1, 6)
-    pace = "*=pace@150" if lab.thorough else "*=pace@1"
+    pace = f"*=pace@{150 if lab.thorough else 60}"
     with lab.another_cluster(nodes=8) if lab.thorough else nullcontext(lab.cluster) as cluster:
         pairs = []
         for number, (backend, arm) in enumerate(chosen):
@@ -220,7 +221,7 @@ def otherwise(lab: Lab) -> Iterator[Row]:
     with lab.another_cluster(preempt_send_user_signal=False, grace_seconds=30, nodes=8 if lab.thorough else 4) as cluster:
         abrupt = ["PartitionName=abrupt", "Nodes=ALL", "PriorityTier=1", "PreemptMode=REQUEUE", "GraceTime=0"]
         subprocess.run(["scontrol", "create", *abrupt], check=True, capture_output=True, timeout=60)
-        python = f"{PYTHON} *=pace@{50 if lab.thorough else 1}"
+        python = f"{PYTHON} *=pace@60"
         kinds: dict[str, dict[str, Any]] = {
             "only TERM": WHOLE_GPUS | {"python": python},
             "only KILL": WHOLE_GPUS | {"python": DEAF + python, "partition": "abrupt"},
