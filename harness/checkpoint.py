@@ -31,7 +31,7 @@ from torch import Tensor
 from harness.config import BadInput
 from harness.dist import Ranks
 from harness.journal import Journal
-from harness.store import TrialFolder, write_atomically
+from harness.store import TrialFolder, sync_names, write_atomically
 
 _NAME = re.compile(r"step-(\d+)-attempt-(\d+)")
 _FILE = re.compile(r"model\.pt|optimizer-\d+\.pt")
@@ -167,9 +167,9 @@ class Saving:
 
     def _commit(self, files: dict[str, Any]) -> None:
         write_atomically(self._partial / "manifest.json", _manifest(self._head | {"files": files}))
-        _sync(self._partial)
+        sync_names(self._partial)
         self._partial.rename(self._final)
-        _sync(self._final.parent)
+        sync_names(self._final.parent)
 
     def abandon(self) -> None:
         """Waits for the thread and leaves the checkpoint. For an attempt that fails; not collective."""
@@ -233,15 +233,6 @@ class _Hashed:
 
 def _told(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-
-
-def _sync(folder: Path) -> None:
-    """The names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _manifest(content: dict[str, Any]) -> str:
@@ -359,9 +350,9 @@ def _keep_weights(checkpoint: Path, kept: Path) -> None:
             partial.hardlink_to(model)
         except OSError:
             shutil.copy2(model, partial)
-            _sync(partial)
+            sync_names(partial)
         partial.replace(kept)
-        _sync(kept.parent)
+        sync_names(kept.parent)
     except OSError:
         partial.unlink(missing_ok=True)
         raise

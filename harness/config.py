@@ -686,7 +686,7 @@ OURS = {
     "no-requeue": "", "wrap": "", "parsable": "", "wait": "", "test-only": "", "dependency": "", "signal": "signal and signal_lead_seconds",
     "nodes": "nodes", "ntasks": "tasks_per_node", "ntasks-per-node": "tasks_per_node", "gpus-per-node": "gpus_per_node",
     "cpus-per-task": "cpus_per_task", "mem": "mem_gb", "time": "time_minutes", "partition": "partition", "account": "account",
-    "qos": "qos", "constraint": "constraint", "clusters": "",
+    "qos": "qos", "constraint": "constraint", "clusters": "a login node of that cluster",
 }  # fmt: skip
 """sbatch's options that wrbench gives itself, and the key of a cluster file that stands for each"""
 

@@ -57,6 +57,15 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def sync_names(folder: Path) -> None:
+    """The names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @dataclass(frozen=True)
 class TrialState:
     """Where a trial stands, by its own record (a scheduler may know that it is queued)."""

@@ -190,7 +190,7 @@ def submit(
                     "submit again when there is room, or use --chain"
                 )
         over = not arrays and not work.missing
-        if chain and (arrays or (work.missing and not refused)):  # without either there was no room
+        if chain and (arrays or (work.missing and not refused)):  # missing, not refused, and nothing queued: there is no room
             try:
                 _chain(loaded, store, cluster, sorted(arrays), phase)
             except slurm.SlurmError as error:
@@ -298,8 +298,7 @@ def _command(module: str, *arguments: str) -> str:
 
 
 def _setup(code: Path) -> list[str]:
-    exports = [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]
-    return ["trap : TERM  # the script outlives a SIGTERM: the ranks save themselves meanwhile", *exports]
+    return ["trap : TERM  # the script outlives a SIGTERM: the ranks save themselves meanwhile", *snapshot.exports(code)]
 
 
 def adopt(found: Standings, store: Store, study: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -61,3 +62,8 @@ def environment(code: Path) -> dict[str, str]:
     """Under which Python runs the code of a snapshot and no other: neither the working directory's nor the installed one."""
     path = os.environ.get("PYTHONPATH")
     return {"PYTHONPATH": f"{code}{os.pathsep}{path}" if path else str(code), "PYTHONSAFEPATH": "1"}
+
+
+def exports(code: Path) -> list[str]:
+    """The same as lines of a script, whose own PYTHONPATH comes second."""
+    return [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}", "export PYTHONSAFEPATH=1"]

@@ -31,6 +31,7 @@ from harness.data.index import NAME, Index, IntArray, Part
 from harness.data.parallel import each
 from harness.data.shards import Progress, silent
 from harness.data.sources import Request, Source, Where, open_source
+from harness.store import sync_names
 
 BUILT = "build.json"
 """what `build` writes beside its shards: by it a later build knows its own output"""
@@ -102,9 +103,9 @@ def build(
         index.write(shards / NAME)
         (shards / BUILT).write_text(json.dumps({**made, "sha256": index.sha256}, indent=1) + "\n")
         _clear(work)  # again: a worker that outlived a killed build may have begun a shard since
-        _sync(shards)
+        sync_names(shards)
         os.rename(shards, out)  # noqa: PTH104 - takes the place of an empty folder, and of nothing else
-        _sync(out.parent)
+        sync_names(out.parent)
     took = f"; {rate:.0f} images/s" if new else ""
     if new >= 1000:  # fewer say nothing but how long processes take to start
         took += f", 1.28 million like these would take {1.28e6 / rate / 3600:.1f} h"
@@ -314,12 +315,3 @@ def _already_built(out: Path, made: dict[str, Any]) -> Index | None:
 def _summary(index: Index) -> str:
     train = int((index.holdout_rank >= 0).sum())
     return f"{train} train and {len(index.val())} val samples in {len(index.shards)} shards"
-
-
-def _sync(folder: Path) -> None:
-    """Names in a folder are on disk when it is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -316,12 +316,12 @@ def test_the_spool_of_one_source_is_not_used_for_another(tmp_path, monkeypatch):
     def kill(*_):
         raise Killed
 
-    for place in ("_same_as_before", "_sync"):
+    for place in ("_same_as_before", "sync_names"):
         out = tmp_path / place
         with monkeypatch.context() as patched, pytest.raises(Killed):
             patched.setattr(building, place, kill)
             build("cifar10", tmp_path / "a", out)
-        if place == "_sync":
+        if place == "sync_names":
             assert "is the beginning of another build (source " in one_line(build, "cifar10", tmp_path / "b", out)
         else:
             build("cifar10", tmp_path / "b", out)

@@ -1,0 +1,67 @@
+"""What a supervisor makes of the lives before this one, and of where a trial stands; without SLURM."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.config import Slurm
+from harness.store import Store
+from launch import slurm
+from launch.ledger import Entry, Ledger, Life
+from launch.standing import _of_slurm
+from launch.task import End, Supervisor
+from tests.trials import trial
+
+PLACE = {"token": "t", "job_id": "7_0", "life": 0, "nodes": "n1", "ranks": 1, "step": 0}
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Supervisor:
+    made = Supervisor.__new__(Supervisor)  # its __init__ wants to be in a job
+    made.store = Store(tmp_path)
+    made.ledger = Ledger(made.store.study("s"))
+    made.cluster = Slurm(executor="slurm", time_minutes=10, signal_lead_seconds=30, max_retries=2)
+    made.job_id, made.attempt, made.terminated, made.began = "7_0", 1, False, time.monotonic()
+    return made
+
+
+@pytest.mark.parametrize(("kind", "hopeless"), [("terminated", False), ("superseded", False), ("preempted", False), ("error", True)])
+def test_ends_that_are_no_failure_do_not_use_up_the_retries(supervisor: Supervisor, kind: str, hopeless: bool) -> None:
+    t = trial()
+    folder = supervisor.store.trial("s", t.trial_id)
+    folder.write_config(t)
+    supervisor.ledger.append("queued", t, 1, token="t", index=0)
+    for attempt, how in enumerate([kind, kind, "error"], 1):
+        supervisor.ledger.append("started", t, attempt, **PLACE)
+        supervisor.ledger.append("ended", t, attempt, kind=how, state="interrupted", step=0)
+    supervisor.attempt = folder.newest_attempt()
+    supervisor.given = type("Given", (), {"token": "t"})()
+    assert supervisor._is_hopeless(End(folder.state(), "error", "boom"), t, folder) is hopeless
+
+
+def test_a_life_is_late_once_the_signal_may_have_come(supervisor: Supervisor) -> None:
+    assert not supervisor._is_late()
+    supervisor.began -= 600 - 30 - 60  # SLURM may send it a minute early
+    assert supervisor._is_late()
+
+
+def test_only_the_last_step_says_how_the_last_step_ended(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = "7_0|RUNNING\n7_0.batch|RUNNING\n7_0.0|OUT_OF_MEMORY\n7_0.10|FAILED\n7_0.2|OUT_OF_MEMORY\n"
+    monkeypatch.setattr(slurm, "run", lambda *command, seconds: printed)
+    assert supervisor._slurms_word() is None
+    printed += "7_0.11|OUT_OF_MEMORY\n"
+    assert supervisor._slurms_word() == "OUT_OF_MEMORY"
+
+
+def test_a_trial_runs_also_when_a_cut_off_node_wrote_last(tmp_path: Path) -> None:
+    def started(life: int) -> dict[str, Any]:
+        return {"event": "started", "attempt": life + 1, "life": life}
+
+    late = {"event": "ended", "attempt": 1, "kind": "superseded"}
+    entry = Entry(newest=late, token="t", job_id="7_0", lives=[Life(started(0), late), Life(started(1))])
+    task = slurm.Task("7_0", "RUNNING", "", "n2", "t", "me", "")
+    assert _of_slurm(Store(tmp_path).trial("s", "t").state(), entry, task, known=True) == "running"
