@@ -68,7 +68,10 @@ soak: setup
 bench: setup data/mnist5k
 	@$(BIN)/python -m tests.benchmarks.bench
 
-bench-data: setup
+build/peers: tests/benchmarks/peers.txt | setup
+	@$(PIP) --no-deps --upgrade --target $@ --requirement $< && touch $@
+
+bench-data: setup build/peers
 	@$(BIN)/python -m tests.benchmarks.bench_data
 
 equivalence: setup

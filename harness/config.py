@@ -147,6 +147,20 @@ class Crop(Frozen):
         return value
 
 
+class RandAugment(Frozen):
+    """Operations drawn for each training image, after crop and flip, by torchvision's transforms.v2 (arXiv 1909.13719)."""
+
+    name: Literal["randaugment"]
+    num_ops: Whole = Field(2, ge=1, le=14, description="one after the other", examples=[2])
+    magnitude: Whole = Field(9, ge=0, le=30, description="of each, of 30", examples=[9])
+
+
+class TrivialAugment(Frozen):
+    """One operation of a random magnitude for each training image, as RandAugment else (arXiv 2103.10158, wide)."""
+
+    name: Literal["trivialaugment"]
+
+
 class Shuffle(Frozen):
     """Shuffled blocks of neighbouring samples, mixed some at a time: reads stay close together, for network file systems."""
 
@@ -164,6 +178,17 @@ class Recipe(Frozen):
     )
     translate: Whole = Field(0, ge=0, le=64, description="random shift of each training image, +- pixels, zero filled", examples=[2])
     flip: bool = Field(False, description="random horizontal flip of each training image")
+    augment: Annotated[RandAugment | TrivialAugment, Field(discriminator="name")] | None = Field(
+        None,
+        description="null: nothing beyond crop, flip and translate; else training images are read in processes",
+        examples=[{"name": "randaugment", "num_ops": 2, "magnitude": 9}],
+    )
+    mixup: Number = Field(
+        0.0, ge=0, le=100, description="alpha of mixup: pairs of images, and their losses, averaged; 0: never", examples=[0.2]
+    )
+    cutmix: Number = Field(
+        0.0, ge=0, le=100, description="alpha of CutMix: a box of each image comes from its partner; 0: never", examples=[1.0]
+    )
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32", description="bf16: autocast over fp32 weights; fp64: for checks of the numerics"
     )
@@ -492,6 +517,17 @@ class Trial(Frozen):
             raise BadInput(
                 f"workload.recipe.norm_batch_size: {together} does not divide the micro-batch of {micro} on each of {world_size} rank(s); "
                 + (f"e.g. backend.micro_batch_size {min(fits, key=lambda n: abs(n - micro))}" if fits else "fewer ranks are needed")
+            )
+        if micro % 2 and (mixed := next((key for key in ("mixup", "cutmix") if getattr(self.workload.recipe, key)), None)):
+            even = 2 * world_size
+            advice = (
+                f"budget.global_batch_size {-(-batch // even) * even}"
+                if share % 2
+                else f"backend.micro_batch_size {2 * _divisor(share // 2, max(1, micro // 2))}"
+            )
+            raise BadInput(
+                f"workload.recipe.{mixed}: mixes pairs, and the micro-batch of {micro} on each of {world_size} rank(s) is "
+                f"odd; e.g. {advice}"
             )
         return micro
 

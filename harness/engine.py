@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness import checkpoint, models, norm
+from harness import checkpoint, mixing, models, norm
 from harness.config import Trial
+from harness.data.order import Mixing
 from harness.dist import Ranks
 
 
@@ -26,7 +26,7 @@ class Step:
     """What one optimizer step reports."""
 
     loss: Tensor
-    """0-d, on the device: mean plain cross-entropy of this rank's share of the batch, whatever smoothing trains"""
+    """0-d, on the device: mean cross-entropy of this rank's share of the batch, as mixed, without smoothing"""
     measured: dict[str, float]
     """weights/norm, weights/update_ratio and, for adam, adam/v_below_eps, when asked for; the same on every rank"""
 
@@ -77,30 +77,33 @@ class Engine(ABC):
         if trial.backend.compile:
             self._model.compile()
 
-    def train_step(self, images: Tensor, labels: Tensor, *, lr: float, weight_decay: float, measure: bool = False) -> Step:
+    def train_step(
+        self, images: Tensor, labels: Tensor, *, lr: float, weight_decay: float, mix: Mixing | None = None, measure: bool = False
+    ) -> Step:
         """One optimizer step on this rank's share of the global batch: images uint8 (n, C, H, W), labels (n,). Collective.
 
-        lr and weight_decay as harness.optim means them.
+        lr and weight_decay as harness.optim means them; mix as harness.mixing does.
         """
         self._gathered = None
         if not self._model.training:
             self._model.train()
         batches = list(zip(images.split(self._micro), labels.split(self._micro), strict=True))
-        losses = [self._micro_step(x, y, len(batches), index == len(batches) - 1) for index, (x, y) in enumerate(batches)]
+        losses = [self._micro_step(x, y, mix, len(batches), index == len(batches) - 1) for index, (x, y) in enumerate(batches)]
         norm.update_running_statistics(self._model, self._ranks)
         before = [w.clone() for w in self._weights()] if measure else []
         self._update(lr, weight_decay)
         return Step(torch.stack(losses).mean() if len(losses) > 1 else losses[0], self._measure(before) if measure else {})
 
-    def _micro_step(self, images: Tensor, labels: Tensor, count: int, last: bool) -> Tensor:
-        """Adds one of `count` micro-batches to the gradients; its plain loss, 0-d."""
+    def _micro_step(self, images: Tensor, labels: Tensor, mix: Mixing | None, count: int, last: bool) -> Tensor:
+        """Adds one of `count` micro-batches to the gradients; its loss without smoothing, 0-d."""
         device, smoothing = self._ranks.device, self._trial.workload.recipe.label_smoothing
-        images = images.to(device, non_blocking=True).contiguous(memory_format=self._format)
-        labels = labels.to(device, non_blocking=True)
-        logits = self._forward(images, last)
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if mix is not None:
+            images = mixing.images(images, mix, models.DTYPES[self._trial.workload.recipe.precision])
+        logits = self._forward(images.contiguous(memory_format=self._format), last)
+        loss = mixing.cross_entropy(logits, labels, mix, smoothing)
         self._backward(loss, count, last)
-        return F.cross_entropy(logits.detach(), labels) if smoothing else loss.detach()
+        return mixing.cross_entropy(logits.detach(), labels, mix) if smoothing else loss.detach()
 
     def evaluation_model(self) -> nn.Module:
         """The full model in evaluation mode; its forward is free of collectives. Collective; the next train_step ends it."""

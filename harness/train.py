@@ -13,7 +13,7 @@ import torch
 from harness import checkpoint, engine, optim
 from harness.attempt import Attempt, Progress
 from harness.config import Trial
-from harness.data import loader
+from harness.data import loader, order
 from harness.dist import Ranks, joined
 from harness.evaluate import evaluate
 from harness.schedule import cycle_ends, schedule, steps_per_epoch, total_steps
@@ -37,7 +37,8 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         nullcontext(stop) if stop else StopRequest() as stop,
         Attempt(trial, folder, ranks, takes_over) as attempt,
     ):
-        data = loader.open_data(trial.workload.data, crops=trial.workload.recipe.crop is not None)
+        recipe = trial.workload.recipe
+        data = loader.open_data(trial.workload.data, crops=recipe.crop is not None or recipe.augment is not None)
         worker = engine.build(trial, ranks)
         resumed = attempt.resume(worker, data_sha256=data.index.sha256)
         clock, answer = Clock(resumed.train_seconds, resumed.wait_seconds, ranks.device), resumed.answer
@@ -53,7 +54,8 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
             lr, weight_decay = optim.hyperparameters(trial.optimizer, trial.decay, eta, lam)
             with clock.waiting():
                 images, labels = next(batches)
-            result = worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, measure=done in ends)
+            mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, trial.workload.data.image_size)
+            result = worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, mix=mix, measure=done in ends)
 
             stopping = False
             if done % trial.evaluation.log_every_steps == 0 or done in evaluations | saves:

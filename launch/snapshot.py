@@ -43,13 +43,20 @@ def take(study: Path) -> Path:
             (made / name).write_bytes(content)
         described = {"code": code, "commit": provenance.code()["commit"], "time": datetime.now(UTC).isoformat(timespec="seconds")}
         (made / "snapshot.json").write_text(json.dumps(described, indent=1) + "\n")
-        (made / "uncommitted.diff").write_bytes(_git("diff", "--no-color", "HEAD", "--", *PARTS))
+        (made / "uncommitted.diff").write_bytes(_uncommitted())
         try:
             made.rename(final)
         except OSError:  # somebody else's, made this moment
             if not final.exists():
                 raise
     return final
+
+
+def _uncommitted() -> bytes:
+    """What differs from the commit, files that git does not know yet included."""
+    new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", *PARTS).split(b"\0")[:-1]
+    files = (_git("diff", "--no-color", "--no-index", "--", "/dev/null", os.fsdecode(name)) for name in new)
+    return _git("diff", "--no-color", "HEAD", "--", *PARTS) + b"".join(files)
 
 
 def _git(*arguments: str) -> bytes:

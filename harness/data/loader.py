@@ -2,7 +2,8 @@
 
 A small data set whose training images are not cropped anew is read, checked and decoded once at start, and a batch is then
 two gathers. Else a few threads read, decode and resize each sample straight into its place in the batch, some batches ahead
-(file, decoder and resize let go of the interpreter lock). Pixels stay uint8 all the way: they are normalised on the device.
+(file, decoder and resize let go of the interpreter lock). Where a recipe's `augment` runs Python for every image, processes
+do it instead (harness.data.workers). Pixels stay uint8 all the way: they are mixed and normalised on the device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,12 +23,13 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from harness import schedule
-from harness.config import Data, Recipe, Trial
-from harness.data import decode, order
+from harness.config import Data, RandAugment, Recipe, Trial, TrivialAugment
+from harness.data import decode, order, workers
 from harness.data.decode import Box, Pixels
 from harness.data.index import CorruptSample, Index, IntArray
 from harness.data.remote import Unreachable, reader
 from harness.data.resize import centre, resize, shorter_side
+from harness.vision import torchvision
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """images, uint8 (n, channels, height, width), and labels, int64 (n,); in pinned memory where there is CUDA"""
@@ -69,8 +71,8 @@ class DataSet:
         self.threads = threads
         reader = Reader(index, data)
         trained = index.train(data)
-        self._substitutes = _Substitutes(reader, trained)
-        load: Load = self._substitutes if data.on_corrupt == "substitute" else reader
+        self.substitutes = Substitutes(reader, trained)
+        load: Load = self.substitutes if data.on_corrupt == "substitute" else reader
         self.shape = (data.channels, data.image_size, data.image_size)
         """of one image in a batch"""
         view = partial(View, shape=self.shape, threads=threads)
@@ -83,7 +85,7 @@ class DataSet:
 
     @property
     def substituted(self) -> list[Substitution]:
-        return sorted(self._substitutes.made.values(), key=lambda s: s.number)
+        return sorted(self.substitutes.made.values(), key=lambda s: s.number)
 
     def train_eval(self, samples: int) -> View:
         """The clean training subset behind train_eval/loss: the first of the trained ones in the holdout order.
@@ -126,6 +128,9 @@ class Reader:
         # a file object is closed when the last user lets go of it; a large set has more shards than a process may open
         self._open = lru_cache(maxsize=128)(lambda shard: reader(index.folder / index.shards[shard].name))
         self._scratch = threading.local()
+
+    def __reduce__(self) -> tuple[type[Reader], tuple[Index, Data]]:
+        return Reader, (self.index, self._data)
 
     def __call__(self, number: int, out: torch.Tensor, choose: Choose | None = None) -> int:
         """The label; the image, resized, in `out`: its box, or without one all of it as evaluation sees it."""
@@ -179,7 +184,7 @@ class Reader:
             )
 
 
-class _Substitutes:
+class Substitutes:
     """Reads training samples; the next good one in the order of the index stands in for a corrupt one, in its crop and place."""
 
     def __init__(self, read: Reader, trained: IntArray) -> None:
@@ -198,14 +203,19 @@ class _Substitutes:
                 label = self._read(substitute, out, choose)
             except CorruptSample:
                 continue
-            self.made[number] = Substitution(number, substitute, reason)
-            if len(self.made) > SUBSTITUTED_SHARE * len(self._trained):
-                break
+            self.note([Substitution(number, substitute, reason)])
             return label
-        raise CorruptSample(
-            f"{reason} (with this one {len(self.made)} of {len(self._trained)} training samples are corrupt: "
-            f"over the limit of {SUBSTITUTED_SHARE:.0%} for on_corrupt: substitute)"
-        )
+        raise CorruptSample(f"{reason} (and no training sample is left to take its place)")
+
+    def note(self, made: Iterable[Substitution]) -> None:
+        """Raises CorruptSample for one too many."""
+        for one in made:
+            self.made[one.number] = one
+            if len(self.made) > SUBSTITUTED_SHARE * len(self._trained):
+                raise CorruptSample(
+                    f"{one.reason} (with this one {len(self.made)} of {len(self._trained)} training samples are corrupt: "
+                    f"over the limit of {SUBSTITUTED_SHARE:.0%} for on_corrupt: substitute)"
+                )
 
 
 class View:
@@ -214,8 +224,11 @@ class View:
     def __init__(self, numbers: IntArray, load: Load, shape: tuple[int, int, int], threads: int) -> None:
         self.numbers = numbers
         """their numbers in the index, ascending"""
-        self._load, self._shape, self._threads = load, shape, threads
+        self._load, self._shape, self.threads = load, shape, threads
         self._decoded: tuple[Pixels, IntArray] | None = None
+
+    def __reduce__(self) -> tuple[type[View], tuple[IntArray, Load, tuple[int, int, int], int]]:
+        return View, (self.numbers, self._load, self._shape, 0)  # for a worker process, which has no threads and reads anew
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -227,14 +240,14 @@ class View:
 
         def block(start: int) -> None:
             part = np.arange(start, min(start + 64, len(self)))
-            self._read(part, torch.from_numpy(images)[part[0] :], torch.from_numpy(labels)[part[0] :], None)
+            self.fill(part, torch.from_numpy(images)[part[0] :], torch.from_numpy(labels)[part[0] :], None)
 
-        with ThreadPoolExecutor(max(1, self._threads)) as threads:
+        with ThreadPoolExecutor(max(1, self.threads)) as threads:
             list(threads.map(block, range(0, len(self), 64)))
         self._decoded = images, labels
 
     def part(self, positions: IntArray) -> View:
-        view = View(self.numbers[positions], self._load, self._shape, self._threads)
+        view = View(self.numbers[positions], self._load, self._shape, self.threads)
         if self._decoded is not None:
             images, labels = self._decoded
             view._decoded = images[positions], labels[positions]
@@ -255,21 +268,22 @@ class View:
 
         The batches are channels_last in memory, which is how decoders give pixels and where resizing is fastest.
         """
-        if not self._threads:
+        pinned = torch.cuda.is_available()
+        if not self.threads:
             for request in requests:
-                batch = self._empty(len(request.positions))
-                self._read(request.positions, *batch, request.augment)
+                batch = self.empty(len(request.positions), pinned)
+                self.fill(request.positions, *batch, request.augment)
                 yield batch
             return
-        threads = ThreadPoolExecutor(self._threads)
+        threads = ThreadPoolExecutor(self.threads)
         running: deque[tuple[Batch, list[Future[None]]]] = deque()
         try:
             for request in requests:
                 n = len(request.positions)
-                images, labels = self._empty(n)
-                step = max(1, min(PART, n // (2 * self._threads)))
+                images, labels = self.empty(n, pinned)
+                step = max(1, min(PART, n // (2 * self.threads)))
                 parts = [slice(start, start + step) for start in range(0, n, step)]
-                run = [threads.submit(self._read, request.positions[p], images[p], labels[p], request.augment) for p in parts]
+                run = [threads.submit(self.fill, request.positions[p], images[p], labels[p], request.augment) for p in parts]
                 running.append(((images, labels), run))
                 if len(running) > AHEAD:
                     yield _finished(*running.popleft())
@@ -278,14 +292,13 @@ class View:
         finally:
             threads.shutdown(cancel_futures=True)
 
-    def _empty(self, n: int) -> Batch:
+    def empty(self, n: int, pinned: bool) -> Batch:
         """Unwritten. Both allocators give the memory of batches that are gone again, CUDA's when no copy reads them any more."""
         channels, height, width = self._shape
-        pinned = torch.cuda.is_available()
         images = torch.empty(n, height, width, channels, dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)
         return images, torch.empty(n, dtype=torch.int64, pin_memory=pinned)
 
-    def _read(self, positions: IntArray, images: torch.Tensor, labels: torch.Tensor, augment: Augment | None) -> None:
+    def fill(self, positions: IntArray, images: torch.Tensor, labels: torch.Tensor, augment: Augment | None) -> None:
         """The samples at `positions` into the first places of `images` and `labels`."""
         for i, position in enumerate(positions.tolist()):
             labels[i] = self._load(int(self.numbers[position]), images[i : i + 1], augment.choose(position) if augment else None)
@@ -304,7 +317,7 @@ def _finished(batch: Batch, parts: list[Future[None]]) -> Batch:
 
 @dataclass(frozen=True)
 class Augment:
-    """What training does to its images in one epoch, by position."""
+    """What training does to its images on the CPU in one epoch, by position."""
 
     recipe: Recipe
     seed: int
@@ -319,7 +332,7 @@ class Augment:
         return lambda height, width: Box(*order.crop(self.seed, self.epoch, position, height, width, crop.scale, crop.ratio))
 
     def move(self, images: torch.Tensor, positions: IntArray) -> None:
-        """Flip and shift `images` (n, C, H, W), in place."""
+        """Flip and shift `images` (n, C, H, W), and the recipe's operations on them, in place."""
         recipe = self.recipe
         draws = order.augmentation(self.seed, self.epoch, self.samples, recipe.translate)
         if recipe.flip:
@@ -327,6 +340,23 @@ class Augment:
                 images[i] = images[i : i + 1].flip(-1)[0]
         if recipe.translate:
             images.copy_(torch.from_numpy(shifted(images.numpy(), draws.dx[positions], draws.dy[positions], recipe.translate)))
+        if recipe.augment is not None:
+            apply = _operations(recipe.augment)
+            for i, position in enumerate(positions.tolist()):
+                with torch.random.fork_rng(devices=[]):  # it is torch's own generator that they draw from
+                    torch.manual_seed(order.ops_seed(self.seed, self.epoch, position))
+                    images[i] = apply(images[i].contiguous())
+
+
+@lru_cache(maxsize=2)
+def _operations(augment: RandAugment | TrivialAugment) -> Callable[[torch.Tensor], torch.Tensor]:
+    torchvision()
+    from torchvision.transforms import v2
+
+    drawn: torch.nn.Module = (
+        v2.RandAugment(augment.num_ops, augment.magnitude) if augment.name == "randaugment" else v2.TrivialAugmentWide()
+    )
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -348,7 +378,7 @@ def train_batches(
     view, recipe, batch = dataset.train, trial.workload.recipe, trial.budget.global_batch_size
     per_epoch, size = schedule.steps_per_epoch(trial), batch // world_size
     windowed = order.Windowed(recipe.shuffle.block, recipe.shuffle.blocks) if recipe.shuffle else None
-    at_hand = view.is_decoded and recipe.crop is None
+    at_hand = view.is_decoded and recipe.crop is None and recipe.augment is None
     together = max(1, TOGETHER_BYTES // (size * math.prod(dataset.shape))) if at_hand else 1
 
     def requests() -> Iterator[Request]:
@@ -360,6 +390,9 @@ def train_batches(
             yield Request(positions, Augment(recipe, trial.seed, step // per_epoch, len(view)))
             step = steps.stop
 
+    if recipe.augment is not None and view.threads:
+        yield from workers.read(view, dataset.substitutes, requests())
+        return
     if not at_hand:
         yield from view.read(requests())
         return

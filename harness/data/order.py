@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import betaincinv
 
 IntArray = npt.NDArray[np.int64]
 
-ORDER, AUGMENTATION, CROP, BLOCKS = 1, 2, 3, 4  # streams that share no random word
+ORDER, AUGMENTATION, CROP, BLOCKS, MIXING, RANDOM_OPS = 1, 2, 3, 4, 5, 6  # streams that share no random word
 
 
 class Augmentation(NamedTuple):
@@ -30,6 +31,15 @@ class Augmentation(NamedTuple):
     """pixels down, in [-translate, translate]"""
     flip: npt.NDArray[np.bool_]
     """left and right exchanged"""
+
+
+class Mixing(NamedTuple):
+    """How the two images of every pair of a batch are mixed."""
+
+    share: float
+    """of an image, and of its loss, that stays its own"""
+    box: tuple[int, int, int, int] | None
+    """(left, top, width, height) that CutMix takes from the partner; None: mixup, the weighted mean of both"""
 
 
 class Windowed(NamedTuple):
@@ -111,6 +121,33 @@ def crop(
             return (width - w + 1) * x >> 64, (height - h + 1) * y >> 64, w, h
     w, h = min(width, max(1, round(height * ratio[1]))), min(height, max(1, round(width / ratio[0])))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def ops_seed(seed: int, epoch: int, position: int) -> int:
+    """Seeds the random operations of a recipe's `augment` on a position's image in an epoch; below 2**63."""
+    words = np.random.Philox(key=_key(seed, RANDOM_OPS, epoch), counter=np.array([0, position, 0, 0], dtype=np.uint64))
+    return int(words.random_raw()) >> 1
+
+
+def mixing(seed: int, step: int, mixup: float, cutmix: float, size: int) -> Mixing | None:
+    """The draw of a 0-based optimizer step for square images of `size` pixels; None without either.
+
+    mixup, cutmix: alpha of Beta(alpha, alpha), of which the share is drawn; 0: never. With both, either half of the time.
+    CutMix's box has a uniform centre and may be cut off by the border: `share` is then what is really left.
+    """
+    if not mixup and not cutmix:
+        return None
+    words = np.random.Philox(key=_key(seed, MIXING, 0), counter=np.array([0, step, 0, 0], dtype=np.uint64))
+    coin, quantile, x, y = words.random_raw(4).tolist()
+    cuts = cutmix > 0 and (not mixup or coin >= 2**63)
+    alpha = cutmix if cuts else mixup
+    share = float(betaincinv(alpha, alpha, quantile / 2**64))
+    if not cuts:
+        return Mixing(share, None)
+    side = size * math.sqrt(1 - share)
+    edges = [(size * centre / 2**64 - side / 2, size * centre / 2**64 + side / 2) for centre in (x, y)]
+    (left, right), (top, bottom) = ((max(0, round(low)), min(size, round(high))) for low, high in edges)
+    return Mixing(1 - (right - left) * (bottom - top) / size**2, (left, top, right - left, bottom - top))
 
 
 def _words(seed: int, stream: int, epoch: int, n: int) -> npt.NDArray[np.uint64]:

@@ -1,7 +1,9 @@
 """Images/s of the loader beside what people use, on the same shards of photographs, with the same crops, on this machine.
 
-Every contender gives uint8 batches of 224x224 crops of every training sample. Rounds are interleaved and the median of the
-ratios of a round is judged. The others get the best of 1, 2 and 4 worker processes, which live on between epochs.
+Every contender gives uint8 batches of 224x224 crops of every training sample: the same crops, but for timm and DALI, which
+draw their own of the same distribution. Rounds are interleaved and the median of the ratios of a round is judged. The others
+get the best of 1, 2 and 4 worker processes (DALI: threads), which live on between epochs. timm and DALI, which no part of
+wrbench needs, lie in a folder of their own (peers.txt; `make bench-data` fills it).
 
     python -m tests.benchmarks.bench_data [--samples N] [--rounds N]
 """
@@ -37,10 +39,12 @@ CORES = len(os.sched_getaffinity(0))
 LIMITS = {
     "libjpeg / webdataset + PIL + DataLoader": 2.5,
     "libjpeg / ImageFolder + PIL + DataLoader": 2.5,
+    "libjpeg / timm WebDataset reader": 2.5,
+    "libjpeg / DALI on the CPU": 1.3,
     "libjpeg / raw simplejpeg decode": 0.9,
 }
 """the ratio must be above it"""
-ABSENT = ("timm's WebDataset reader", "NVIDIA DALI's CPU pipeline")
+PEERS = Path("build/peers")
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,54 @@ def image_folder(folder: Path, workers: int) -> Contender:
     return Contender(f"ImageFolder + PIL + DataLoader ({workers})", lambda: sum(len(images) for images, _ in batches))
 
 
+def timm(folder: Path, workers: int) -> Contender:
+    """As its train.py on WebDataset; the batches of its loader, before it makes them floats."""
+    torchvision()
+    from timm.data import create_dataset, create_loader
+
+    count, shard_count = len(Index.load(folder).train(0)), len(list(folder.glob("train-*.tar")))
+    files = create_dataset(
+        "wds/photographs", root=str(folder), split=f"train-{{000000..{shard_count - 1:06d}}}.tar|{count}", is_training=True,
+        batch_size=BATCH, sample_shuffle_size=200, sample_initial_size=100,
+    )  # fmt: skip
+    crop = bench.RECIPE.crop
+    batches = create_loader(
+        files, (3, SIZE, SIZE), BATCH, is_training=True, use_prefetcher=True, device=torch.device("cpu"), num_workers=workers,
+        scale=crop.scale, ratio=crop.ratio, interpolation="bilinear", color_jitter=None, persistent_workers=True,
+    ).loader  # fmt: skip
+    return Contender(f"timm WebDataset reader ({workers})", lambda: sum(len(images) for images, _ in batches))
+
+
+def dali(folder: Path, threads: int) -> Contender:
+    """Decoding only the crop, as its documentation advises for a CPU; images (n, H, W, C), as decoders give them."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    crop, count = bench.RECIPE.crop, len(Index.load(folder).train(0))
+
+    @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2)
+    def pipeline():  # type: ignore[no-untyped-def]
+        paths = sorted(map(str, folder.glob("train-*.tar")))
+        files, _ = fn.readers.webdataset(paths=paths, ext=["jpg", "cls"], random_shuffle=True, initial_fill=200, name="shards")
+        images = fn.decoders.image_random_crop(files, device="cpu", random_area=crop.scale, random_aspect_ratio=crop.ratio)
+        images = fn.resize(images, size=(SIZE, SIZE), interp_type=types.INTERP_LINEAR)
+        return fn.flip(images, horizontal=fn.random.coin_flip())
+
+    built = pipeline()
+    built.build()
+
+    def epoch() -> int:
+        given = 0
+        while given < count:
+            (images,) = built.run()
+            given += len(torch.from_numpy(images.as_array()))
+        return given
+
+    return Contender(f"DALI on the CPU ({threads})", epoch)
+
+
+PEER = {"timm WebDataset reader": timm, "DALI on the CPU": dali}
+
+
 def best(make: Callable[[Path, int], Contender], folder: Path) -> Contender:
     """With the number of workers that is fastest here, by a second epoch each: the first starts them."""
     found = [make(folder, workers) for workers in (1, 2, 4)]
@@ -173,6 +225,13 @@ def main() -> int:
     folder = build(options.samples)
     contenders = [ours(folder, name) for name in ("libjpeg", "simplejpeg") if name in decode.JPEG]
     contenders += [best(webdataset, folder), best(image_folder, folder), raw(folder)]
+    sys.path.append(str(PEERS))  # last: what is in the environment comes first
+    absent: dict[str, str] = {}
+    for name, make in PEER.items():
+        try:
+            contenders.append(best(make, folder))
+        except ImportError as error:
+            absent[name] = f"not measured: {error}"
     for contender in contenders:
         contender.epoch()
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
@@ -191,7 +250,7 @@ def main() -> int:
             ratios = [a / b for a, b in zip(rates[own], rates[name], strict=True)]
             ratio, limit = statistics.median(ratios), LIMITS.get(title)
             rows.append(report.Row(title, ratio, limit, limit is None or ratio > limit, report.spread(ratios), exceeds=True))
-    rows += [report.refused(name, "not measured: not part of this environment") for name in ABSENT]
+    rows += [report.refused(name, why) for name, why in absent.items()]
     return report.publish("bench-data", rows)
 
 

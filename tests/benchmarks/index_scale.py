@@ -1,10 +1,12 @@
-"""What the index of a set the size of ImageNet costs a rank at start: python -m tests.benchmarks.index_scale [SAMPLES]
+"""What data of ImageNet's size and beyond cost each rank: python -m tests.benchmarks.index_scale [SAMPLES]
 
-The samples are made up; the index is a real one, written and loaded. Time and memory grow with the samples.
+The samples are made up; the index is a real one, written and loaded. Nothing here depends on the number of ranks but the
+share of a batch, which is checked for 1,024. What a billion samples would cost is a line through this size and a tenth of it.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import numpy as np
 
 from harness.data.index import NAME, Index, Part, Shard
 
-IMAGENET, CLASSES, SHARD = 1_281_167, 1000, 1000
+IMAGENET, CLASSES, SHARD, BILLION = 1_281_167, 1000, 1000, 10**9
 
 LOAD = """
 import os, sys, time
@@ -33,8 +35,19 @@ total_cpu = time.process_time() - cpu
 kept = sum(getattr(index, c).nbytes for c in ("key", "shard", "offset", "size", "extension", "label", "crc32", "holdout_rank")) / 1e6
 print(f"{len(index.key):,} samples in {len(index.shards):,} shards: file {os.path.getsize(sys.argv[1]) / 1e6:.0f} MB; "
       f"load {loaded:.2f} s ({loaded_cpu:.2f} s of CPU), with the views of {len(trained):,} trained and {len(held):,} held out {total_cpu:.2f} s of CPU; "
-      f"index {kept:.0f} MB, process +{resident('VmRSS') - before:.0f} MB, at most +{resident('VmHWM') - before:.0f} MB")
-"""
+      f"index {kept:.0f} MB, process +{resident('VmRSS') - before:.0f} MB, at most +{resident('VmHWM') - before:.0f} MB", flush=True)
+import json
+from harness.data import order
+resting, started = resident("VmRSS"), time.perf_counter()
+permuted = order.permutation(0, 1, len(trained))
+drawn = time.perf_counter() - started
+batch = permuted[: RANKS * 32]
+shares = [order.share(batch, rank, RANKS) for rank in range(RANKS)]
+assert (numpy.concatenate(shares) == batch).all() and len(numpy.unique(permuted)) == len(permuted)
+print(f"order of an epoch: {drawn:.2f} s, kept {permuted.nbytes / 1e6:.0f} MB, at most +{resident('VmHWM') - resting:.0f} MB; "
+      f"the shares of {RANKS:,} ranks are the batch", flush=True)
+print(json.dumps([len(index.key), loaded, kept, drawn, resident("VmHWM") - before]))
+""".replace("RANKS", "1024")
 
 
 def synthetic(samples: int) -> Index:
@@ -56,12 +69,26 @@ def synthetic(samples: int) -> Index:
 
 
 def main(samples: int) -> None:
+    smaller, larger = (_measure(size) for size in (samples // 10, samples))
+    slopes = [(b - a) / (larger[0] - smaller[0]) for a, b in zip(smaller[1:], larger[1:], strict=True)]
+    loaded, kept, drawn, most = (b + slope * (BILLION - larger[0]) for b, slope in zip(larger[1:], slopes, strict=True))
+    print(
+        f"a billion samples, projected: load {loaded:.0f} s, index {kept / 1e3:.0f} GB, order of an epoch {drawn:.0f} s, "
+        f"at most {most / 1e3:.0f} GB a rank"
+    )
+
+
+def _measure(samples: int) -> list[float]:
+    """[samples, seconds to load, MB kept, seconds for the order, MB at most]"""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / NAME
         synthetic(samples).write(file)
         made = resource.getrusage(resource.RUSAGE_SELF)
         print(f"made in {made.ru_utime:.1f} s of CPU, at most {made.ru_maxrss / 1e3:.0f} MB")
-        subprocess.run([sys.executable, "-c", LOAD, str(file), str(samples)], check=True)
+        said = subprocess.run([sys.executable, "-c", LOAD, str(file), str(samples)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    *lines, figures = said.splitlines()
+    print("\n".join(lines), flush=True)
+    return [float(figure) for figure in json.loads(figures)]
 
 
 if __name__ == "__main__":

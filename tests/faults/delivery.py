@@ -160,7 +160,11 @@ class Restarted(Away):
 
 @fault("MLflow's server down at start, in the middle, for good; killed while it takes a batch", slurm=False)
 def server_away(lab: Lab) -> Iterator[Row]:
-    """One rank trains by train(); in turn without delivery and with each kind of trouble."""
+    """One rank trains by train(); in turn without delivery and with each kind of trouble.
+
+    Also without delivery a server starts beside it, which takes a core for some seconds: that it stands on this machine is
+    not what is judged.
+    """
     from tests.benchmarks.bench import run_loop
 
     rounds, epochs = (5, 14) if lab.thorough else (1, 4)
@@ -183,7 +187,10 @@ def server_away(lab: Lab) -> Iterator[Row]:
             tails: dict[str, float] = {}
             for case in lab.rng.sample([None, *cases], 1 + len(cases)):
                 if case is None:
+                    cases[0].server.start(wait=False)
+                    _idle(cases[0].server)
                     plain = float(np.quantile(train(t, alone), 0.99))
+                    cases[0].server.kill()
                     continue
                 steps, seconds = case.run(t, train)
                 case.server.kill()  # it must not run beside the others

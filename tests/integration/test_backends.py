@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness import checkpoint, engine, journal
+from harness import checkpoint, engine, journal, mixing
 from harness.config import Trial
 from harness.dist import Ranks as Place
 from harness.store import Store
@@ -60,13 +60,18 @@ def test_a_trial_wanders_through_backends_and_world_sizes(tmp_path: Path, few: P
     Limit 1e-5 relative: rounding over 21 steps on a smooth model; a lost moment or decay shows at 1e-3 and more.
     """
     path: list[tuple[dict[str, Any], int, int]] = [({}, 1, 5), (ZERO_3, 2, 9), (FSDP, 4, 13), (ZERO_1, 2, 21)]
-    for arm in (ADAMW, SGDW):
-        undisturbed = on({}, few, arm)
+    pairs = {
+        "recipe": RECIPE | {"norm_batch_size": 24, "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1},
+        "budget": {"epochs": 3, "global_batch_size": 96},
+    }
+    for arm, over in ((ADAMW, {}), (SGDW, {}), (SGDW, pairs)):
+        backends = {"micro_batch_size": 24 if over else 25}
+        undisturbed = on(backends, few, arm, **over)
         finish(undisturbed, calm := Store(tmp_path / "calm"), 1)
         store = Store(tmp_path / "wandering")
         folder = store.trial(undisturbed.study, undisturbed.trial_id)
         for backend, world, until in path:
-            t = on(backend, few, arm)
+            t = on(backends | backend, few, arm, **over)
             assert t.trial_id == undisturbed.trial_id, "how a result is computed is no part of what it is"
             ranks = Ranks(t, store, world)
             if until < 21:
@@ -92,7 +97,7 @@ def test_a_step_with_a_non_finite_gradient_is_not_left_out(few: Path, backend: d
     images, labels = torch.randint(0, 255, (25, 1, 28, 28), dtype=torch.uint8), torch.arange(25) % 10
     plain = torch.nn.functional.cross_entropy
     with monkeypatch.context() as patch:
-        patch.setattr(engine.F, "cross_entropy", lambda *a, **k: plain(*a, **k) + (a[0] - a[0].detach()).sum() * torch.inf)
+        patch.setattr(mixing.F, "cross_entropy", lambda *a, **k: plain(*a, **k) + (a[0] - a[0].detach()).sum() * torch.inf)
         worker.train_step(images, labels, lr=0.1, weight_decay=0.0)
     for _ in range(2):
         assert worker.train_step(images, labels, lr=0.1, weight_decay=0.0).loss.isnan()

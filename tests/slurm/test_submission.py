@@ -18,7 +18,7 @@ import yaml
 
 from harness import journal
 from harness.study import load
-from launch import status
+from launch import slurm, status
 from launch.ledger import Ledger
 from tests.slurm.cluster import Cluster
 from tests.slurm.study import ADAMW, SGDW, Study, steps, until
@@ -155,7 +155,8 @@ def test_dry_run_prints_the_script_and_the_trials_and_writes_nothing(tmp_path: P
     before = sorted(tmp_path.rglob("*"))
     out = study.submit("--dry-run")
     assert "#SBATCH --array=0-1%2" in out and "#SBATCH --exclude=n4" in out and "#SBATCH --job-name=wrbench-mine" in out
-    assert "\nmodule() { true; }\n" in out and "launch.task" in out and "2 trial(s) to submit" in out
+    assert out.index("\nmodule() { true; }\n") < out.index("\nexport PYTHONPATH="), "a module's PYTHONPATH comes second"
+    assert "launch.task" in out and "2 trial(s) to submit" in out
     assert [r.trial_id for r in status.rows(load(study.file), study.store) if str(r.trial_id) in out] != []
     assert sorted(tmp_path.rglob("*")) == before
     assert not study.in_queue()
@@ -250,15 +251,18 @@ def test_code_is_what_it_was_when_submitted(tmp_path: Path, mnist5k: Path) -> No
         assert rank.read_text() != original
 
     say("as submitted")
+    (copy / "launch" / "later.py").write_text("UNTRACKED = 1\n")
     study = Study(tmp_path, mnist5k, LATER, **TINY)
     submitted = subprocess.run(
         [sys.executable, "-m", "launch", "study", "submit", study.file, "--cluster", study.cluster, "--store", study.store.root],
-        env=os.environ | {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+        env=os.environ | {"PYTHONPATH": str(copy), "PYTHONSAFEPATH": "1", "SBATCH_TIMELIMIT": "7"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert "submitted 1" in submitted.stdout
     say("edited later")
     (copy / "harness" / "train.py").write_text("raise SystemExit('edited later')\n")
     folder = study.folder()
+    assert slurm.job(study.entry(folder).job_id)["TimeLimit"] == "00:07:00", "a person's own SBATCH_ variables hold"
     subprocess.run(["scontrol", "update", f"JobId={study.entry(folder).job_id}", "StartTime=now"], check=True, timeout=60)
     study.wait("finished")
 
@@ -267,7 +271,8 @@ def test_code_is_what_it_was_when_submitted(tmp_path: Path, mnist5k: Path) -> No
     (start,) = journal.fold(journal.read(folder.journal)).starts
     code = study.entry(folder).code
     assert (start["code"], start["commit"]) == (code, f"{commit}-dirty")
-    assert "as submitted" in (study.store.study("mine") / "code" / code / "uncommitted.diff").read_text()
+    diff = (study.store.study("mine") / "code" / code / "uncommitted.diff").read_text()
+    assert "as submitted" in diff and "+UNTRACKED = 1" in diff
 
 
 def chained() -> list[str]:
