@@ -21,6 +21,7 @@ import torch
 
 from harness import checkpoint, journal, provenance
 from harness.config import BadInput, Trial
+from harness.data import decode
 from harness.data.index import CorruptSample
 from harness.data.loader import SUBSTITUTED_SHARE, Substitution
 from harness.dist import Ranks, peer_lost
@@ -136,8 +137,12 @@ class Attempt:
             engine.load(saved)
             progress = Progress(**saved.manifest["progress"])
         self._saved = progress
-        lines = journal.glance(self.folder.journal) if self.ranks.rank == 0 else ()
+        lines = list(journal.glance(self.folder.journal)) if self.ranks.rank == 0 else []
         self._substituted = set(self.ranks.from_rank_0([line["substituted"] for line in lines if "substituted" in line]))
+        before: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") == "start"), {})
+        for what, now in self._pixels().items():
+            if before.get(what, now) != now:
+                complaints = [*complaints, f"{what} was {before[what]} and is {now}: pixels of damaged or augmented images may differ"]
         self._write(progress.steps_done, event="start", resumed_from=progress.steps_done, **self._description(), **described)
         for complaint in (*self._warnings, *complaints):
             self.warn(progress.steps_done, complaint)
@@ -164,8 +169,14 @@ class Attempt:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "deepspeed": provenance.version("deepspeed"),
+            **self._pixels(),
             **provenance.code(),
         }
+
+    @staticmethod
+    def _pixels() -> dict[str, Any]:
+        """What pixels may depend on beside the data: of damaged images, and of augmented ones."""
+        return {"decoder": decode.decoder, "torchvision": provenance.version("torchvision")}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._write(step, metrics=metrics)

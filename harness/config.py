@@ -156,7 +156,7 @@ class RandAugment(Frozen):
 
 
 class TrivialAugment(Frozen):
-    """One operation of a random magnitude for each training image, as RandAugment else (arXiv 2103.10158, wide)."""
+    """One operation of a random magnitude for each training image, by torchvision's TrivialAugmentWide (arXiv 2103.10158)."""
 
     name: Literal["trivialaugment"]
 
@@ -519,11 +519,12 @@ class Trial(Frozen):
                 + (f"e.g. backend.micro_batch_size {min(fits, key=lambda n: abs(n - micro))}" if fits else "fewer ranks are needed")
             )
         if micro % 2 and (mixed := next((key for key in ("mixup", "cutmix") if getattr(self.workload.recipe, key)), None)):
-            even = 2 * world_size
+            pairs = math.lcm(2, together or 1)
+            fits = [n for n in range(pairs, share + 1, pairs) if share % n == 0]
             advice = (
-                f"budget.global_batch_size {-(-batch // even) * even}"
-                if share % 2
-                else f"backend.micro_batch_size {2 * _divisor(share // 2, max(1, micro // 2))}"
+                f"backend.micro_batch_size {min(fits, key=lambda n: abs(n - micro))}"
+                if fits
+                else f"budget.global_batch_size {-(-share // pairs) * pairs * world_size} and backend.micro_batch_size {pairs}"
             )
             raise BadInput(
                 f"workload.recipe.{mixed}: mixes pairs, and the micro-batch of {micro} on each of {world_size} rank(s) is "

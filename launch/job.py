@@ -45,6 +45,7 @@ class Job:
             RANK=str(place.global_rank),
             LOCAL_RANK=str(place.local_rank),
             WORLD_SIZE=str(place.num_tasks),
+            LOCAL_WORLD_SIZE=str(place.num_tasks // place.num_nodes),
             WRBENCH_JOB_ID=place.job_id,
             WRBENCH_RENDEZVOUS=self.rendezvous.absolute().as_uri(),
         )

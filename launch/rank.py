@@ -19,7 +19,7 @@ from harness.store import Store
 
 
 def place(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and LOCAL_RANK as torch and DeepSpeed read them, from SLURM's variables of a step.
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torch and DeepSpeed read them, from SLURM's variables of a step.
 
     LOCAL_RANK is the number of this rank's GPU among those it sees, not its place on the node: a task that is shown only
     its own GPU (--gpus-per-task=1) has number 0.
@@ -28,7 +28,9 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
     shown = environment.get("CUDA_VISIBLE_DEVICES")
     if shown:
         local %= len(shown.split(","))
-    return {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": environment["SLURM_NTASKS"], "LOCAL_RANK": str(local)}
+    world = int(environment["SLURM_NTASKS"])
+    on_node = world // int(environment.get("SLURM_NNODES", 1))  # the same on every node
+    return {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": str(world), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(on_node)}
 
 
 def main() -> int:

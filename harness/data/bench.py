@@ -52,8 +52,9 @@ class Speed:
         )
 
 
-def measure(path: Path, image_size: int = 224, seconds: float = 10.0, threads: int = loader.THREADS, batch_size: int = 64) -> Speed:
+def measure(path: Path, image_size: int = 224, seconds: float = 10.0, threads: int | None = None, batch_size: int = 64) -> Speed:
     """Trains on nothing for about `seconds`. Raises BadInput as the loader does, CorruptSample included."""
+    threads = loader.threads_of_a_rank() if threads is None else threads
     data, index = described(path, image_size)
     reader, dataset = loader.Reader(index, data), loader.DataSet(index, data, crops=True, threads=threads)
     out = torch.empty(1, image_size, image_size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -74,8 +75,10 @@ def measure(path: Path, image_size: int = 224, seconds: float = 10.0, threads: i
         done += 1
         if times[-1] > stop:
             break
+    batches = dataset.train.read(requests(len(dataset.train), batch_size))
+    next(batches)  # from here to the end as many are ready ahead
     start, cpu, images = time.perf_counter(), time.process_time(), 0
-    for batch, _ in dataset.train.read(requests(len(dataset.train), batch_size)):
+    for batch, _ in batches:
         images += len(batch)
         if time.perf_counter() - start > seconds / 2:
             break

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import threading
 import zlib
 from collections import deque
@@ -40,7 +41,8 @@ DECODED_BYTES = 1 << 30
 """a data set of at most so many bytes of pixels is decoded at start and kept"""
 SUBSTITUTED_SHARE = 0.01
 """of the samples trained on; beyond it the data are broken, not blemished"""
-THREADS = min(16, len(os.sched_getaffinity(0)))
+OPEN_FILES = 1024
+"""beside those of shards"""
 TOGETHER_BYTES = 1 << 18
 """pixels of small batches that are put together at once: a call of numpy costs more than a digit's copy"""
 AHEAD = 4
@@ -96,11 +98,27 @@ class DataSet:
         return self.train.part(np.sort(np.argsort(ranks, kind="stable")[:samples]))
 
 
-def open_data(data: Data, crops: bool = False, threads: int = THREADS) -> DataSet:
+def threads_of_a_rank() -> int:
+    """As many as it has cores, at most 16: all that it is bound to, else its part of the node's."""
+    cores, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cores == all_cores else 1
+    return max(1, min(16, cores // ranks))
+
+
+def _may_be_open(shards: int) -> int:
+    """Files of shards at a time: all, as far as the limit on open files, which is raised for them, allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = shards + OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, shards + OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return min(shards, max(128, allowed - OPEN_FILES)) or 1
+
+
+def open_data(data: Data, crops: bool = False, threads: int | None = None) -> DataSet:
     """Index and shards of `data`, checked; decoded too when that fits in memory.
 
     crops: training sees other parts of its images every epoch, so that these are not decoded at start. threads: that read,
-    0 for the caller's own; batches do not depend on it.
+    0 for the caller's own, default threads_of_a_rank(); batches do not depend on it.
 
     Raises BadInput, a line a mistake: no index, missing or truncated shards, other counts or classes than `data` says.
     Raises CorruptSample, naming shard and key: a sample whose crc32 is wrong, that does not decode, whose size is not
@@ -110,7 +128,7 @@ def open_data(data: Data, crops: bool = False, threads: int = THREADS) -> DataSe
     """
     index = Index.load(data.path)
     index.check(data)
-    return DataSet(index, data, crops, threads)
+    return DataSet(index, data, crops, threads_of_a_rank() if threads is None else threads)
 
 
 # ------------------------------------------------------------------------------------------- reading samples
@@ -125,8 +143,8 @@ class Reader:
 
     def __init__(self, index: Index, data: Data) -> None:
         self.index, self._data = index, data
-        # a file object is closed when the last user lets go of it; a large set has more shards than a process may open
-        self._open = lru_cache(maxsize=128)(lambda shard: reader(index.folder / index.shards[shard].name))
+        # a file object is closed when the last user lets go of it
+        self._open = lru_cache(maxsize=_may_be_open(len(index.shards)))(lambda shard: reader(index.folder / index.shards[shard].name))
         self._scratch = threading.local()
 
     def __reduce__(self) -> tuple[type[Reader], tuple[Index, Data]]:
@@ -152,8 +170,8 @@ class Reader:
             content = self._open(int(index.shard[number])).read(int(index.offset[number]), int(index.size[number]))
         except Unreachable:  # is no fault of the sample, which nothing may replace
             raise
-        except OSError as error:
-            raise CorruptSample(f"{index.where(number)}: cannot be read: {error.strerror or error}") from None
+        except OSError as error:  # nor is this: another node, or a moment later, may well read it
+            raise Unreachable(f"{index.where(number)}: cannot be read: {error.strerror or error}") from None
         if zlib.crc32(content) != index.crc32[number]:
             raise CorruptSample(f"{index.where(number)}: its bytes are not the indexed ones (crc32); restore the shard")
         return content
@@ -343,8 +361,8 @@ class Augment:
         if recipe.augment is not None:
             apply = _operations(recipe.augment)
             for i, position in enumerate(positions.tolist()):
-                with torch.random.fork_rng(devices=[]):  # it is torch's own generator that they draw from
-                    torch.manual_seed(order.ops_seed(self.seed, self.epoch, position))
+                with torch.random.fork_rng(devices=[]):  # it is torch's own generator of the CPU that they draw from
+                    torch.default_generator.manual_seed(order.ops_seed(self.seed, self.epoch, position))
                     images[i] = apply(images[i].contiguous())
 
 
@@ -391,6 +409,7 @@ def train_batches(
             step = steps.stop
 
     if recipe.augment is not None and view.threads:
+        workers.check_memory(size * math.prod(dataset.shape), view.threads)
         yield from workers.read(view, dataset.substitutes, requests())
         return
     if not at_hand:

@@ -145,17 +145,17 @@ class RemoteShard:
         parts = []
         for number in range(offset // BLOCK, -(-stop // BLOCK)):
             start = number * BLOCK
-            parts.append(self._block(number)[max(0, offset - start) : stop - start])
+            parts.append(self._part(number, max(0, offset - start), stop - start))
         return b"".join(parts)
 
-    def _block(self, number: int) -> bytes:
+    def _part(self, number: int, first: int, stop: int) -> bytes:
+        """Bytes [first, stop) of a block, or those of them that it has."""
         file, start, length = self._folder / str(number), number * BLOCK, min(BLOCK, self.size - number * BLOCK)
         try:
-            with suppress(FileNotFoundError):
-                content = file.read_bytes()
-                if len(content) == length:
-                    os.utime(file)  # used now
-                    return content
+            with suppress(FileNotFoundError), open(file, "rb", buffering=0) as kept:
+                if os.fstat(kept.fileno()).st_size == length:
+                    os.utime(kept.fileno())  # used now
+                    return os.pread(kept.fileno(), stop - first, first)
             fetched: bytes = self._patiently(lambda: self._fetch(start, start + length))
             self._keep(file, fetched)
         except Unreachable:
@@ -164,7 +164,7 @@ class RemoteShard:
             raise Unreachable(
                 f"{self.address}: cannot be kept in {self._cache.folder}: {error.strerror or error}; make room, or set WRBENCH_CACHE"
             ) from None
-        return fetched
+        return fetched[first:stop]
 
     def _keep(self, file: Path, content: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from harness.data.index import CorruptSample
+from harness.config import BadInput
 from harness.data.remote import Unreachable
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 AHEAD = 2
 """batches of each process that may be ready before they are asked for"""
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Linux keeps it there
 TO_THE_RANKS = {getattr(signal, f"SIG{name}") for name in ("TERM", "USR2", "USR1", "INT", "HUP", "URG")}
 """signals that SLURM or a terminal send to a rank and all its children, and that only the rank is to act on"""
 
@@ -35,7 +39,7 @@ class _Batches(Dataset["tuple[Batch, list[Substitution]] | Exception"]):
         images, labels = self._view.empty(len(request.positions), pinned=False)
         try:
             self._view.fill(request.positions, images, labels, request.augment)
-        except (CorruptSample, Unreachable) as fault:
+        except (BadInput, Unreachable) as fault:  # torch would hand it over with a traceback in its message
             return fault
         return (images, labels), [made for number, made in self._substitutes.made.items() if number not in known]
 
@@ -43,7 +47,8 @@ class _Batches(Dataset["tuple[Batch, list[Substitution]] | Exception"]):
 def read(view: View, substitutes: Substitutes, requests: Iterator[Request]) -> Generator[Batch, None, None]:
     """A batch for each request, as View.read, from view.threads processes with an index each. Closing it ends them.
 
-    Batches come through shared memory (/dev/shm). `substitutes`, those that the view loads by or none, get what was made.
+    Batches come through shared memory: BadInput where it is too small. `substitutes`, those that the view loads by or none,
+    get what was made. The processes import the main module, as `spawn` does: a script needs its `if __name__ == "__main__"`.
     """
     batches = DataLoader(
         _Batches(view, substitutes), batch_size=None, sampler=requests, num_workers=view.threads, prefetch_factor=AHEAD,
@@ -51,13 +56,37 @@ def read(view: View, substitutes: Substitutes, requests: Iterator[Request]) -> G
         generator=torch.Generator(),  # the trial's own stays as it is
     )  # fmt: skip
     with _deaf():
-        running = iter(batches)
-    for found in running:
-        if isinstance(found, Exception):
-            raise found
-        (images, labels), made = found
-        substitutes.note(made)
-        yield images, labels
+        running: Any = iter(batches)
+
+    def end() -> None:
+        running._shutdown_workers()  # no public way, and an error's traceback would keep them
+        for process in running._workers:  # deaf to the SIGTERM by which Python would end them before it waits for them
+            process.kill()
+
+    atexit.register(end)
+    try:
+        for found in running:
+            if isinstance(found, Exception):
+                raise found
+            (images, labels), made = found
+            substitutes.note(made)
+            yield images, labels
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def check_memory(batch_bytes: int, processes: int, where: Path = SHARED_MEMORY) -> None:
+    """BadInput if so many processes' batches do not fit in shared memory: the first that does not is a bus error."""
+    if not where.is_dir():
+        return
+    needed, free = AHEAD * processes * batch_bytes, shutil.disk_usage(where).free
+    if needed > free:
+        raise BadInput(
+            f"{where}: has {free / 1e6:.0f} MB free, and workload.recipe.augment needs {needed / 1e6:.0f} MB there, {AHEAD} batches of "
+            f"{batch_bytes / 1e6:.0f} MB for each of {processes} processes of a rank; make it larger (docker run --shm-size), "
+            "or give the rank fewer cores"
+        )
 
 
 @contextmanager

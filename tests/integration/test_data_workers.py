@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config import Trial
-from harness.data import loader, order
+from harness.config import BadInput, Trial
+from harness.data import loader, order, workers
 from harness.data.index import CorruptSample, Index
 from harness.store import Store
 from harness.train import train
 from harness.vision import torchvision
 from tests.integration.ranks import Ranks, history
 from tests.integration.test_train import SGDW, small
+from tests.photographs import BATCH, a_trial, make, opened, same, steps
 
 RAND, TRIVIAL = {"name": "randaugment", "num_ops": 3, "magnitude": 15}, {"name": "trivialaugment"}
 
@@ -87,35 +88,38 @@ def test_signals_for_the_rank_leave_its_workers_alone(few: Path) -> None:
     t = augmented(few, RAND)
     running = loader.train_batches(loader.open_data(t.workload.data, crops=True, threads=2), t, 0, 1, 0, 200)
     next(running)
-    workers = children()
-    assert len(workers) == 2
+    pids = children()
+    assert len(pids) == 2
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        for pid in workers:
+        for pid in pids:
             os.kill(pid, number)
         next(running)
-    assert children() == workers
+    assert children() == pids
     running.close()
-    assert gone(workers)
+    assert gone(pids)
 
 
 def test_a_killed_worker_is_an_error_and_not_a_hang(few: Path) -> None:
     t = augmented(few, RAND)
     running = loader.train_batches(loader.open_data(t.workload.data, crops=True, threads=2), t, 0, 1, 0, 500)
     next(running)
-    os.kill(children()[0], signal.SIGKILL)
+    pids = children()
+    os.kill(pids[0], signal.SIGKILL)
     with pytest.raises(RuntimeError, match="killed by signal"):
         list(running)
-    assert gone(children())
+    assert len(pids) == 2 and gone(pids)
 
 
-def test_workers_end_with_their_rank(few: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["killed", "an error"])
+def test_workers_end_with_their_rank(few: Path, tmp_path: Path, end: str) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.integration.test_data_workers import *\n"
         "if __name__ == '__main__':\n"
         "    t = augmented(Path(sys.argv[1]), RAND)\n"
         "    running = loader.train_batches(loader.open_data(t.workload.data, crops=True, threads=2), t, 0, 1, 0, 10**6)\n"
         "    next(running); print(*children(), flush=True)\n"
-        "    for _ in running: pass\n"
+        "    for _ in running:\n"
+        f"        if {end != 'killed'}: raise RuntimeError('of the trial')\n"
     )
     script = tmp_path / "rank.py"
     script.write_text(program)
@@ -123,11 +127,40 @@ def test_workers_end_with_their_rank(few: Path, tmp_path: Path) -> None:
         [sys.executable, str(script), str(few)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."}
     ) as rank:
         assert rank.stdout is not None
-        workers = [int(pid) for pid in rank.stdout.readline().split()]
-        assert len(workers) == 2
-        rank.kill()
-        rank.wait()
-        assert gone(workers, 20)
+        pids = [int(pid) for pid in rank.stdout.readline().split()]
+        assert len(pids) == 2
+        if end == "killed":
+            rank.kill()
+        assert rank.wait(30) != 0
+        assert gone(pids, 20)
+
+
+def test_random_crops_of_photographs(tmp_path: Path) -> None:
+    """As they are trained on: crop, flip and operations in colour; resumed at any step; evaluated meanwhile."""
+    photographs = make(tmp_path)
+    t = a_trial(photographs, {"crop": {}, "flip": True, "augment": RAND})
+    whole = steps(t, stop=8)
+    assert not same(whole, steps(a_trial(photographs, {"crop": {}, "flip": True}), stop=8))
+    for processes, world in ((1, 1), (4, 3), (2, 8)):
+        ranks = [steps(t, rank, world, stop=8, threads=processes) for rank in {0, world - 1}]
+        for share, rank in zip(ranks, {0, world - 1}, strict=True):
+            part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+            assert same(share, [(images[part], labels[part]) for images, labels in whole]), (processes, world)
+    dataset = opened(t, threads=2)
+    for start in (1, 5):
+        running = loader.train_batches(dataset, t, 0, 1, start, 8)
+        resumed = [next(running)]
+        evaluated = list(loader.eval_batches(dataset.val, 0, 1, 4))
+        assert same([*resumed, *running], whole[start:])
+        assert same(evaluated, list(loader.eval_batches(opened(t).val, 0, 1, 4)))
+
+
+def test_too_little_shared_memory_is_said_before_it_is_a_bus_error(tmp_path: Path) -> None:
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    workers.check_memory(free // 4, 1, tmp_path)
+    with pytest.raises(BadInput, match=r"MB free, and workload.recipe.augment needs .* --shm-size"):
+        workers.check_memory(free // 4, 4, tmp_path)
+    workers.check_memory(free, 4, tmp_path / "absent")
 
 
 def test_damage_is_found_and_counted(few: Path, tmp_path: Path) -> None:

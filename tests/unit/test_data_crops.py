@@ -3,57 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from harness import schedule
 from harness.config import BadInput
-from harness.data import bench, decode, fixture, loader, order, shards
+from harness.data import bench, decode, loader, order
 from harness.data.index import CorruptSample, Index
 from tests import tars
-from tests.trials import trial as resolved
-
-TRAIN, VAL, BATCH, SIZE, RESIZE = 62, 11, 24, 32, 40
-RECIPE = {"crop": {}, "flip": True}
-PHOTO = np.array(load_sample_image("china.jpg"))
+from tests.photographs import BATCH, RECIPE, RESIZE, SIZE, TRAIN, VAL, a_trial, make, opened, same, steps
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """62 and 11 small photographs, JPEG but for some odd files; a sample's label is its number, so that it can be told."""
-    folder, rng = tmp_path_factory.mktemp("data") / "photographs", np.random.default_rng(0)
-    kinds = [fixture.ODD[name] for name in fixture.ODD if name not in ("large JPEG", "tiny JPEG")]
-    for split, count in (("train", TRAIN), ("val", VAL)):
-        members = []
-        for number in range(count):
-            height, width = rng.integers(40, 90, 2)
-            top, left = rng.integers(0, 300, 2)
-            image = Image.fromarray(PHOTO[top : top + height, left : left + width])
-            content = kinds[number // 5 % len(kinds)](image) if number % 5 == 0 else fixture._jpeg(image)
-            members.append((f"{split}{number:03d}", {"jpg": content, "cls": str(number).encode()}))
-        half = count // 2
-        tars.write(folder / f"{split}-0.tar", members[:half])
-        tars.write(folder / f"{split}-1.tar", members[half:])
-    shards.index_shards(folder)
-    return folder
-
-
-def a_trial(folder, recipe=None, seed=0, data=None):
-    about = {"path": str(folder), "num_classes": TRAIN, "image_size": SIZE, "resize": RESIZE, "channels": 3, "train_samples": TRAIN}
-    about |= {"holdout_per_class": 0, "val_samples": VAL, "mean": [0.5] * 3, "std": [0.3] * 3, "name": "photographs", **(data or {})}
-    return resolved(data=about, recipe=RECIPE if recipe is None else recipe, budget={"epochs": 30, "global_batch_size": BATCH}, seed=seed)
-
-
-def opened(trial, threads=0):
-    return loader.open_data(trial.workload.data, crops=trial.workload.recipe.crop is not None, threads=threads)
-
-
-def steps(trial, rank=0, world_size=1, start=0, stop=4, threads=0):
-    return list(loader.train_batches(opened(trial, threads), trial, rank, world_size, start, stop))
-
-
-def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for i, j in zip(a, b, strict=True) for x, y in zip(i, j, strict=True))
+    return make(tmp_path_factory.mktemp("data") / "photographs")
 
 
 def content(index, number):

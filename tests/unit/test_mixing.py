@@ -94,7 +94,12 @@ def test_the_same_however_the_batch_is_split():
 @pytest.mark.parametrize(
     ("batch", "micro", "world", "advice"),
     [
-        (100, None, 4, "the micro-batch of 25 on each of 4 rank(s) is odd; e.g. budget.global_batch_size 104"),
+        (
+            100,
+            None,
+            4,
+            "the micro-batch of 25 on each of 4 rank(s) is odd; e.g. budget.global_batch_size 104 and backend.micro_batch_size 2",
+        ),
         (100, 5, 1, "the micro-batch of 5 on each of 1 rank(s) is odd; e.g. backend.micro_batch_size 4"),
         (6, 1, 1, "the micro-batch of 1 on each of 1 rank(s) is odd; e.g. backend.micro_batch_size 2"),
     ],
