@@ -2,7 +2,8 @@
 
 Nothing here depends on ranks, workers or the arm, so arms with one seed see the same images in the same order, whatever
 they run on. Counter-based random numbers (Philox), keyed: any epoch is drawn directly, and a resume replays nothing. Only the
-raw 64-bit words are used, which NumPy keeps stable over its versions (NEP 19); its `permutation` is not. No torch here.
+raw 64-bit words are used, which NumPy keeps stable over its versions (NEP 19); its `permutation` is not. (Mixup's shares are
+SciPy's quantiles of them, whose last bits may change with its version.) No torch here.
 
 A *position* is a place in the view of the samples trained on, 0..n-1.
 """
@@ -15,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv
 
 IntArray = npt.NDArray[np.int64]
 
@@ -137,6 +137,8 @@ def mixing(seed: int, step: int, mixup: float, cutmix: float, size: int) -> Mixi
     """
     if not mixup and not cutmix:
         return None
+    from scipy.special import betaincinv  # 0.2 s, which only trials that mix wait for
+
     words = np.random.Philox(key=_key(seed, MIXING, 0), counter=np.array([0, step, 0, 0], dtype=np.uint64))
     coin, quantile, x, y = words.random_raw(4).tolist()
     cuts = cutmix > 0 and (not mixup or coin >= 2**63)

@@ -7,16 +7,14 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tests.faults.lab import Fault, a_cluster, digits, load, perform
+from tests.faults.lab import a_cluster, digits, load, perform
 from tests.report import Row, line, publish, refused
-
-if TYPE_CHECKING:
-    from tests.slurm.cluster import Cluster
 
 
 def main() -> int:
@@ -32,27 +30,31 @@ def main() -> int:
         return 2
     print(f"{len(chosen)} faults, --seed {options.seed}", flush=True)
     began = time.monotonic()
-    rows: list[Row] = []
-    needed = any(f.slurm for f in chosen)
-    with tempfile.TemporaryDirectory(prefix="wrbench-faults-") as scratch, a_cluster() if needed else nullcontext((None, None)) as found:
-        cluster, absent = found
+    with tempfile.TemporaryDirectory(prefix="wrbench-faults-") as scratch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
         data, few = digits(Path(scratch))
-        for chosen_fault in chosen:
+        run = partial(_lane, data=data, few=few, thorough=not options.once, seed=options.seed, began=began)
+        rows = run([f.name for f in chosen if not f.slurm])
+        # SLURM's commands mean one cluster in a process
+        waiting = pool.submit(run, [f.name for f in chosen if f.slurm and f.waits])
+        rows += run([f.name for f in chosen if f.slurm and not f.waits])
+        rows += waiting.result()
+    return publish("faults", rows, shown=rows)
+
+
+def _lane(names: list[str], *, data: Path, few: Path, thorough: bool, seed: int, began: float) -> list[Row]:
+    """These faults, one after the other, each row printed as it comes; `began`: of time.monotonic(), which is the machine's."""
+    chosen, rows = [fault for name, fault in load().items() if name in names], list[Row]()
+    with a_cluster() if any(f.slurm for f in chosen) else nullcontext((None, None)) as (cluster, absent):
+        for given in chosen:
             before = time.monotonic()
-            print(f"--- {chosen_fault.name}", flush=True)
-            for row in _rows(chosen_fault, absent, cluster, data, few, options):
+            print(f"--- {given.name}", flush=True)
+            found = perform(given, data=data, few=few, thorough=thorough, seed=seed, cluster=cluster)
+            for row in [refused(given.name, absent)] if given.slurm and absent else found:
                 rows.append(row)
                 now = time.monotonic()
                 print(f"{line(row)}  [{now - before:.0f} s, {(now - began) / 60:.1f} min in all]", flush=True)
                 before = now
-    return publish("faults", rows, shown=rows)
-
-
-def _rows(given: Fault, absent: str | None, cluster: Cluster | None, data: Path, few: Path, options: argparse.Namespace) -> Iterator[Row]:
-    if given.slurm and absent:
-        yield refused(given.name, absent)
-    else:
-        yield from perform(given, data=data, few=few, thorough=not options.once, seed=options.seed, cluster=cluster)
+    return rows
 
 
 if __name__ == "__main__":

@@ -79,18 +79,20 @@ class Fault:
     name: str
     slurm: bool
     """needs a SLURM cluster"""
+    waits: bool
+    """most of the time for SLURM's clock, so that `make faults` runs it beside the others, on a cluster of its own"""
     rows: Callable[[Lab], Iterator[Row]]
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(name: str, *, slurm: bool) -> Callable[[Callable[[Lab], Iterator[Row]]], Callable[[Lab], Iterator[Row]]]:
+def fault(name: str, *, slurm: bool, waits: bool = False) -> Callable[[Callable[[Lab], Iterator[Row]]], Callable[[Lab], Iterator[Row]]]:
     """Registers a fault under its line in the table of what `make faults` shows, in a few words."""
 
     def register(rows: Callable[[Lab], Iterator[Row]]) -> Callable[[Lab], Iterator[Row]]:
         assert name not in FAULTS, name
-        FAULTS[name] = Fault(name, slurm, rows)
+        FAULTS[name] = Fault(name, slurm, waits, rows)
         return rows
 
     return register

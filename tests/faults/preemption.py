@@ -258,7 +258,7 @@ def otherwise(lab: Lab) -> Iterator[Row]:
             yield row(f"{kind}: wrong in MLflow, processes left", wrong + left, 0, told)
 
 
-@fault("time limit", slurm=True)
+@fault("time limit", slurm=True, waits=True)
 def time_limit(lab: Lab) -> Iterator[Row]:
     """SLURM sends the signal 10 to 40 s before the end of a minute. Steps are slow until the limit has come often enough."""
     often, epochs = (3, 12) if lab.thorough else (1, 3)

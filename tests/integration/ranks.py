@@ -47,7 +47,8 @@ def _rank(env: dict[str, str], root: str, folder: str, log: str, takes_over: boo
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, trial: Trial, store: Store, world_size: int, takes_over: bool = False) -> None:
+    def __init__(self, trial: Trial, store: Store, world_size: int, takes_over: bool = False, daemon: bool = True) -> None:
+        """daemon: ends with this process, and may have no processes of its own."""
         self.folder: TrialFolder = store.trial(trial.study, trial.trial_id)
         self.folder.write_config(trial)
         self._attempts_before = len(self._record().starts)
@@ -60,7 +61,7 @@ class Ranks:
                 "WRBENCH_RENDEZVOUS": f"file://{self.folder.logs}/{unique}", "CUDA_VISIBLE_DEVICES": "",
             }  # fmt: skip
             arguments = (env, str(store.root), str(self.folder.path), str(log), takes_over)
-            process = _server.Process(target=_rank, args=arguments, daemon=True)
+            process = _server.Process(target=_rank, args=arguments, daemon=daemon)
             process.start()
             self.processes.append(process)
 

@@ -42,5 +42,7 @@ def test_kinds(error: str | None, exit_status: int, word: str | None, expected: 
     ],
 )
 def test_local_rank_is_the_number_of_the_gpu_among_those_seen(shown: str | None, local_rank: str) -> None:
-    environment = {"SLURM_PROCID": "7", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"} | ({"CUDA_VISIBLE_DEVICES": shown} if shown else {})
-    assert place(environment) == {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}
+    environment = {"SLURM_PROCID": "7", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_LOCALID": "3"} | (
+        {"CUDA_VISIBLE_DEVICES": shown} if shown else {}
+    )
+    assert place(environment) == {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": "4"}
