@@ -19,6 +19,6 @@ def test_every_row_of_bench_data_is_printed(tmp_path: Path) -> None:
     ours = ("libjpeg", "simplejpeg")
     others = ("webdataset + PIL + DataLoader", "ImageFolder + PIL + DataLoader", "raw simplejpeg decode")
     assert {f"{own} / {other}" for own in ours for other in others} <= rows.keys(), done.stdout
-    assert all(row["figure"] > 0 for row in rows.values() if not row["refused"])
+    assert all(row["figure"] > 0 for row in rows.values() if not row["refused"] and row["name"] != "goals")
     peers = [row for row in rows.values() if row["name"] in ("timm WebDataset reader", "DALI on the CPU")]
     assert len(peers) == 2 and all(row["refused"] and row["note"].startswith("not measured: No module") for row in peers)
