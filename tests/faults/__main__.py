@@ -8,13 +8,12 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from tests.faults.lab import a_cluster, digits, load, perform
-from tests.report import Row, line, publish, refused
+from tests.faults.lab import digits, lane, load
+from tests.report import publish
 
 
 def main() -> int:
@@ -32,29 +31,13 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="wrbench-faults-") as scratch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
         data, few = digits(Path(scratch))
-        run = partial(_lane, data=data, few=few, thorough=not options.once, seed=options.seed, began=began)
+        run = partial(lane, data=data, few=few, thorough=not options.once, seed=options.seed, began=began)
         rows = run([f.name for f in chosen if not f.slurm])
         # SLURM's commands mean one cluster in a process
         waiting = pool.submit(run, [f.name for f in chosen if f.slurm and f.waits])
         rows += run([f.name for f in chosen if f.slurm and not f.waits])
         rows += waiting.result()
     return publish("faults", rows, shown=rows)
-
-
-def _lane(names: list[str], *, data: Path, few: Path, thorough: bool, seed: int, began: float) -> list[Row]:
-    """These faults, one after the other, each row printed as it comes; `began`: of time.monotonic(), which is the machine's."""
-    chosen, rows = [fault for name, fault in load().items() if name in names], list[Row]()
-    with a_cluster() if any(f.slurm for f in chosen) else nullcontext((None, None)) as (cluster, absent):
-        for given in chosen:
-            before = time.monotonic()
-            print(f"--- {given.name}", flush=True)
-            found = perform(given, data=data, few=few, thorough=thorough, seed=seed, cluster=cluster)
-            for row in [refused(given.name, absent)] if given.slurm and absent else found:
-                rows.append(row)
-                now = time.monotonic()
-                print(f"{line(row)}  [{now - before:.0f} s, {(now - began) / 60:.1f} min in all]", flush=True)
-                before = now
-    return rows
 
 
 if __name__ == "__main__":

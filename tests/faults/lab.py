@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import tests.faults
 from harness import journal
 from harness.store import Store
-from tests.report import Row, failed
+from tests.report import Row, failed, line, refused
 
 if TYPE_CHECKING:
     from tests.slurm.cluster import Cluster
@@ -126,6 +126,22 @@ def perform(
         if given.slurm and cluster is not None:
             put_right(cluster)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def lane(names: list[str], *, data: Path, few: Path, thorough: bool, seed: int, began: float) -> list[Row]:
+    """These faults, one after the other, each row printed as it comes; `began`: of time.monotonic(), which is the machine's."""
+    chosen, rows = [fault for name, fault in load().items() if name in names], list[Row]()
+    with a_cluster() if any(f.slurm for f in chosen) else nullcontext((None, None)) as (cluster, absent):
+        for given in chosen:
+            before = time.monotonic()
+            print(f"--- {given.name}", flush=True)
+            found = perform(given, data=data, few=few, thorough=thorough, seed=seed, cluster=cluster)
+            for row in [refused(given.name, absent)] if given.slurm and absent else found:
+                rows.append(row)
+                now = time.monotonic()
+                print(f"{line(row)}  [{now - before:.0f} s, {(now - began) / 60:.1f} min in all]", flush=True)
+                before = now
+    return rows
 
 
 def _line(error: BaseException) -> str:
