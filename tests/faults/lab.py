@@ -79,31 +79,35 @@ class Fault:
     name: str
     slurm: bool
     """needs a SLURM cluster"""
-    waits: bool
-    """most of the time for SLURM's clock, so that `make faults` runs it beside the others, on a cluster of its own"""
     rows: Callable[[Lab], Iterator[Row]]
+    waits: bool = False
+    """most of the time for SLURM's clock, so that `make faults` runs it beside the others, on a cluster of its own"""
+    urgent: bool = False
+    """judges seconds that a busy machine would stretch: before the others with a cluster"""
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(name: str, *, slurm: bool, waits: bool = False) -> Callable[[Callable[[Lab], Iterator[Row]]], Callable[[Lab], Iterator[Row]]]:
+def fault(
+    name: str, *, slurm: bool, waits: bool = False, urgent: bool = False
+) -> Callable[[Callable[[Lab], Iterator[Row]]], Callable[[Lab], Iterator[Row]]]:
     """Registers a fault under its line in the table of what `make faults` shows, in a few words."""
 
     def register(rows: Callable[[Lab], Iterator[Row]]) -> Callable[[Lab], Iterator[Row]]:
         assert name not in FAULTS, name
-        FAULTS[name] = Fault(name, slurm, waits, rows)
+        FAULTS[name] = Fault(name, slurm, rows, waits, urgent)
         return rows
 
     return register
 
 
 def load() -> dict[str, Fault]:
-    """Every fault of every module of this package, those without a cluster first."""
+    """Every fault of every module of this package, those without a cluster first, and then the urgent ones."""
     for module in pkgutil.iter_modules(tests.faults.__path__):
         if module.name != "__main__":
             importlib.import_module(f"tests.faults.{module.name}")
-    return dict(sorted(FAULTS.items(), key=lambda item: item[1].slurm))
+    return dict(sorted(FAULTS.items(), key=lambda item: (item[1].slurm, not item[1].urgent)))
 
 
 # --------------------------------------------------------------------------------------------------------- run

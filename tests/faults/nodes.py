@@ -115,7 +115,7 @@ def _reported(studies: Sequence[Study]) -> Iterator[set[str]]:
             for study in studies:
                 code, out, err = study.run("status", "--json")
                 states.update([t["state"] for t in loads(out)["trials"]] if code == 0 else [err])
-                over.wait(0.5)
+                over.wait(2)  # each delivers what is new, too: not all of a core
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -126,7 +126,7 @@ def _reported(studies: Sequence[Study]) -> Iterator[set[str]]:
         asking.join()
 
 
-@fault("a node dies; slurmd alone dies", slurm=True)
+@fault("a node dies; slurmd alone dies", slurm=True, urgent=True)
 def nodes(lab: Lab) -> Iterator[Row]:
     cases, states = list[Case](), set[str]()
     for turned in (False, True) if lab.thorough else (False,):

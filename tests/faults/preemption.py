@@ -20,7 +20,7 @@ import yaml
 
 from harness import journal
 from harness.store import TrialFolder
-from tests.faults.kills import ARMS, PAIRS, PYTHON, only, points, tallied
+from tests.faults.kills import ARMS, PAIRS, PYTHON, only, points, tallied, with_database
 from tests.faults.lab import Lab, fault
 from tests.report import Row, row
 from tests.slurm.cluster import Cluster
@@ -57,7 +57,7 @@ class Pair:
         self.calm: Study | None = None
 
     def _study(self, name: str, cluster: dict[str, Any]) -> Study:
-        return Study(self._lab.folder / name.replace(" ", "-"), self._lab.data, cluster, **self._document)
+        return with_database(Study(self._lab.folder / name.replace(" ", "-"), self._lab.data, cluster, **self._document))
 
     def submit_calm(self) -> None:
         if self._key not in self._known:
@@ -80,7 +80,7 @@ class Pair:
         return sum(life.requeued is not None for life in self.study.entry(self.folder).lives)
 
     def starts(self) -> list[dict[str, Any]]:
-        return [line for line in journal.read(self.folder.journal) if line.get("event") == "start"]
+        return [line for line in journal.glance(self.folder.journal) if line.get("event") == "start"]
 
     def difference(self) -> str | None:
         """In what it ended unlike the undisturbed one; None if in nothing."""

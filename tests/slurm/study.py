@@ -95,7 +95,7 @@ class Study:
             return bool(found := self.trials()) and all(s.state in states for s in found.values())
 
         try:
-            until(there, seconds)
+            until(there, seconds, every=0.5)
         except AssertionError:
             told = {trial_id: (s.state, s.task, s.entry.newest) for trial_id, s in self.trials().items()}
             raise AssertionError(f"waited {seconds:.0f} s for {states}: {told}\n{self.logs()}") from None
@@ -124,7 +124,7 @@ def until(condition: Callable[[], Any], seconds: float = SECONDS, every: float =
 
 def steps(folder: TrialFolder) -> int:
     """Optimizer steps of which the trial's journal tells."""
-    return journal.fold(journal.read(folder.journal)).steps_done
+    return journal.fold(journal.glance(folder.journal)).steps_done
 
 
 def repeated(folder: TrialFolder) -> int:

@@ -28,7 +28,7 @@ def test_a_fault_that_raises_is_a_failed_row_and_leaves_nothing(tmp_path: Path) 
         yield row("first", 0, 0)
         raise ValueError("a\nreason")
 
-    first, second = performed(Fault("breaks", False, False, rows), tmp_path)
+    first, second = performed(Fault("breaks", False, rows), tmp_path)
     assert first.ok and not second.ok
     assert second.name == "breaks" and second.note.startswith("ValueError: a reason (test_faults.py:")
     assert list(tmp_path.iterdir()) == []
@@ -38,7 +38,7 @@ def test_a_fault_draws_the_same_with_the_same_seed_whichever_ran_before(tmp_path
     def rows(lab: Lab) -> Iterator[Row]:
         yield row("drawn", lab.rng.random(), None)
 
-    one, other = Fault("one", False, False, rows), Fault("other", False, False, rows)
+    one, other = Fault("one", False, rows), Fault("other", False, rows)
     drawn = [performed(fault, tmp_path)[0].figure for fault in (one, other, one)]
     assert drawn[0] == drawn[2] != drawn[1]
     assert performed(one, tmp_path, seed=8)[0].figure != drawn[0]
@@ -48,7 +48,7 @@ def test_without_a_cluster_there_is_none_to_work_with(tmp_path: Path) -> None:
     def rows(lab: Lab) -> Iterator[Row]:
         yield row(str(lab.cluster), 0, 0)
 
-    assert "slurm=False" in performed(Fault("wrong", False, False, rows), tmp_path)[0].note
+    assert "slurm=False" in performed(Fault("wrong", False, rows), tmp_path)[0].note
 
 
 ROWS = [row("fine", 1.0, 2.0), row("worse", 1.5, 2.0, "a note"), refused("elsewhere", "no GPU"), row("told", 9.0, None)]
