@@ -31,7 +31,7 @@ def each(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterat
         yield from map(function, tasks)
         return
     # spawned, so that no worker inherits a lock, a thread or a file of this process
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     pending: deque[Future[R]] = deque()
     try:
         for task in tasks:
@@ -46,7 +46,7 @@ def each(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed parent leaves no worker behind, which would wait for tasks for ever; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

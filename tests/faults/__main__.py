@@ -12,6 +12,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from harness.data.parallel import end_with_parent
 from tests.faults.lab import digits, lane, load
 from tests.report import publish
 
@@ -29,7 +30,10 @@ def main() -> int:
         return 2
     print(f"{len(chosen)} faults, --seed {options.seed}", flush=True)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="wrbench-faults-") as scratch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="wrbench-faults-") as scratch,
+        ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool,
+    ):
         data, few = digits(Path(scratch))
         run = partial(lane, data=data, few=few, thorough=not options.once, seed=options.seed, began=began)
         rows = run([f.name for f in chosen if not f.slurm])

@@ -57,8 +57,9 @@ def _no_experiments() -> Path:
 
 def with_database(study: Study) -> Study:
     """MLflow's tables are there: to make them takes seconds, which no fault is about."""
-    study.store.root.mkdir()
-    shutil.copy(_no_experiments(), study.store.root / "mlflow.db")
+    if not study.store.root.exists():
+        study.store.root.mkdir()
+        shutil.copy(_no_experiments(), study.store.root / "mlflow.db")
     return study
 
 

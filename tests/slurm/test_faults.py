@@ -10,9 +10,7 @@ import pytest
 from tests.faults.lab import load, perform
 from tests.report import line
 
-JUDGES_SECONDS = "one rank stopped, a collective that hangs"
-"""in `make faults` alone: how soon a stall is found is its figure, and on a busy machine a start-up is taken for one"""
-FAULTS = {name: fault for name, fault in load().items() if name != JUDGES_SECONDS}
+FAULTS = load()
 
 
 @pytest.mark.parametrize("name", FAULTS)
