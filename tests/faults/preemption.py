@@ -324,7 +324,7 @@ def none(lab: Lab) -> Iterator[Row]:
         "arms": ARMS, "backend": BACKENDS["deepspeed"], "ranks": 4, "budget": {"epochs": 2 if lab.thorough else 1},
     }  # fmt: skip
     if lab.thorough:
-        document |= {"finalists": {"top": 1, "seeds": 2}}
+        document |= {"finalists": {"top": 1, "seeds": 1}}
     there, here = (Study(lab.folder / name, lab.data, {"time_minutes": 30}, **document) for name in ("slurm", "local"))
     here.cluster.write_text(yaml.safe_dump({"executor": "local", "ranks": 4}))
     locally = here.start("submit")
