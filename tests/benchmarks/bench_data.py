@@ -244,8 +244,8 @@ def main() -> int:
     for name, make in PEER.items():
         try:
             contenders.append(best(make, folder))
-        except ImportError as error:
-            absent[name] = f"not measured: {error}"
+        except (ImportError, RuntimeError) as error:  # not installed, or not to be used here
+            absent[name] = f"not measured: {' '.join(str(error).split())[:300]}"
     for contender in contenders:
         contender.epoch()
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
