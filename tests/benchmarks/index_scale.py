@@ -40,13 +40,13 @@ import json
 from harness.data import order
 resting, started = resident("VmRSS"), time.perf_counter()
 permuted = order.permutation(0, 1, len(trained))
-drawn = time.perf_counter() - started
+drawn, peak = time.perf_counter() - started, resident("VmHWM")
 batch = permuted[: RANKS * 32]
 shares = [order.share(batch, rank, RANKS) for rank in range(RANKS)]
 assert (numpy.concatenate(shares) == batch).all() and len(numpy.unique(permuted)) == len(permuted)
-print(f"order of an epoch: {drawn:.2f} s, kept {permuted.nbytes / 1e6:.0f} MB, at most +{resident('VmHWM') - resting:.0f} MB; "
+print(f"order of an epoch: {drawn:.2f} s, kept {permuted.nbytes / 1e6:.0f} MB, at most +{peak - resting:.0f} MB; "
       f"the shares of {RANKS:,} ranks are the batch", flush=True)
-print(json.dumps([len(index.key), loaded, kept, drawn, resident("VmHWM") - before]))
+print(json.dumps([len(index.key), loaded, kept, drawn, peak - before]))
 """.replace("RANKS", "1024")
 
 
