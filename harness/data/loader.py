@@ -28,6 +28,7 @@ from harness.config import Data, RandAugment, Recipe, Trial, TrivialAugment
 from harness.data import decode, order, workers
 from harness.data.decode import Box, Pixels
 from harness.data.index import CorruptSample, Index, IntArray
+from harness.data.parallel import cores
 from harness.data.remote import Unreachable, reader
 from harness.data.resize import centre, resize, shorter_side
 from harness.vision import torchvision
@@ -100,9 +101,8 @@ class DataSet:
 
 def threads_of_a_rank() -> int:
     """As many as it has cores, at most 16: all that it is bound to, else its part of the node's."""
-    cores, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cores == all_cores else 1
-    return max(1, min(16, cores // ranks))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cores() == os.cpu_count() else 1
+    return max(1, min(16, cores() // ranks))
 
 
 def _may_be_open(shards: int) -> int:

@@ -47,8 +47,8 @@ class _Batches(Dataset["tuple[Batch, list[Substitution]] | Exception"]):
 def read(view: View, substitutes: Substitutes, requests: Iterator[Request]) -> Generator[Batch, None, None]:
     """A batch for each request, as View.read, from view.threads processes with an index each. Closing it ends them.
 
-    Batches come through shared memory: BadInput where it is too small. `substitutes`, those that the view loads by or none,
-    get what was made. The processes import the main module, as `spawn` does: a script needs its `if __name__ == "__main__"`.
+    Batches come through shared memory, see check_memory. `substitutes`, those that the view loads by or none, get what was
+    made. The processes import the main module, as `spawn` does: a script needs its `if __name__ == "__main__"`.
     """
     batches = DataLoader(
         _Batches(view, substitutes), batch_size=None, sampler=requests, num_workers=view.threads, prefetch_factor=AHEAD,

@@ -231,7 +231,7 @@ def best(make: Callable[[Path, int], Contender], folder: Path) -> Contender:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--samples", type=int, default=2000, help="to train on")
+    parser.add_argument("--samples", type=int, default=1000, help="to train on")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)

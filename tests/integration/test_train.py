@@ -19,6 +19,7 @@ import torch
 
 from harness import checkpoint, journal, models, optim
 from harness.config import BadInput, Trial
+from harness.data import decode
 from harness.stopping import StopRequest
 from harness.store import Store, TrialFolder
 from harness.train import train
@@ -234,6 +235,16 @@ def test_train_itself_equals_the_reference(
     for i, parameter in enumerate(parameters):
         ours = parameter.detach().numpy()
         assert np.linalg.norm(ours - theta[str(i)]) < 1e-12 * np.linalg.norm(theta[str(i)])
+
+
+def test_another_decoder_than_before_is_warned_of(tmp_path: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t, store, stop = small(few), Store(tmp_path), StopRequest()
+    folder = store.trial(t.study, t.trial_id)
+    stop.signal = "TERM"
+    for decoder, warnings in ((decode.decoder, 0), (decode.decoder, 0), ("another", 1)):
+        monkeypatch.setattr(decode, "decoder", decoder)
+        assert train(t, store, stop=stop)["state"] == "interrupted"
+        assert sum("decoder was" in w for w in journal.fold(journal.read(folder.journal)).warnings) == warnings
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_doubled(tmp_path: Path, few: Path) -> None:

@@ -1,5 +1,8 @@
 """Cropped and resized batches of photographs: against a slow control, whatever the ranks, threads and decoder; damage is found."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from harness import schedule
 from harness.config import BadInput
 from harness.data import bench, decode, loader, order
 from harness.data.index import CorruptSample, Index
+from harness.data.remote import Unreachable
 from tests import tars
 from tests.photographs import BATCH, RECIPE, RESIZE, SIZE, TRAIN, VAL, a_trial, make, opened, same, steps
 
@@ -71,6 +75,25 @@ def test_the_same_global_batches_whatever_the_ranks_and_threads(photographs, mon
             ranks = [list(loader.train_batches(dataset, trial, rank, world_size, 0, 4)) for rank in range(world_size)]
             together = [tuple(torch.cat(part) for part in zip(*parts, strict=True)) for parts in zip(*ranks, strict=True)]
             assert same(together, reference), (world_size, threads)
+
+
+def test_a_file_that_cannot_be_read_is_no_corrupt_sample(photographs, tmp_path):
+    """Another node, or a moment later, may well read it: a substitute would make the batch depend on that."""
+    copy = shutil.copytree(photographs, tmp_path / "copy")
+    dataset = opened(a_trial(copy, data={"on_corrupt": "substitute"}))
+    for shard in copy.glob("train-*.tar"):
+        shard.unlink()
+    with pytest.raises(Unreachable, match=r"train-[01].tar: sample train\d+: cannot be read: No such file"):
+        list(loader.train_batches(dataset, a_trial(copy), 0, 1, 0, 1))
+    assert not dataset.substituted
+
+
+def test_ranks_of_an_unbound_node_share_its_cores(monkeypatch):
+    node = os.cpu_count()
+    for local, cores, threads in ((1, node, min(16, node)), (node, node, 1), (2 * node, node, 1), (node, node + 1, min(16, node + 1))):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        monkeypatch.setattr(loader, "cores", lambda cores=cores: cores)  # node + 1: any number that is not the node's
+        assert loader.threads_of_a_rank() == threads
 
 
 def test_resume_at_any_step_equals_an_undisturbed_run(photographs):
