@@ -17,10 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
-from harness import checkpoint, journal, provenance
+from harness import checkpoint, correct, journal, provenance
 from harness.config import BadInput, Trial
+from harness.correct import BoolArray
 from harness.data import decode
 from harness.data.index import CorruptSample
 from harness.data.loader import SUBSTITUTED_SHARE, Substitution
@@ -183,6 +185,13 @@ class Attempt:
 
     def warn(self, step: int, message: str, **more: Any) -> None:
         self._write(step, event="warning", message=message, **more)
+
+    def keep_correct(self, step: int, split: str, own: BoolArray) -> None:
+        """Writes which images of a split are right, `own` those of this rank: by rank, they are the split in order. Collective."""
+        self._refuse_if_superseded(step)
+        parts = self.ranks.gathered(own.tobytes())
+        if self.ranks.rank == 0:
+            correct.write(self.folder, split, step, np.frombuffer(b"".join(parts), dtype=bool))
 
     def substitutions(self, step: int, found: Iterable[Substitution]) -> dict[str, float]:
         """Warns once of each corrupt sample that any rank replaced; their number as a metric, if there are any. Collective.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shlex
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
@@ -28,8 +29,10 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -205,8 +208,26 @@ class Budget(Frozen):
     global_batch_size: Whole = Field(ge=1, description="samples an optimizer step, over all ranks", examples=[100])
 
 
+class TestSet(Frozen):
+    """A further set of images that only finalists are evaluated on, once: with the answer of their last completed cycle."""
+
+    name: Name = Field(examples=["imagenet-v2"])
+    path: Path = Field(
+        description="folder of its shards and their index: the val shards are taken, labels are those of the training data",
+        examples=["data/imagenet-v2"],
+    )
+    samples: Whole = Field(ge=1, description="in its val shards", examples=[10_000])
+
+
 class Evaluation(Frozen):
     """Holdout and validation are evaluated at every cycle end, and also on this schedule."""
+
+    val: bool = Field(
+        True,
+        description="also the validation split, in a study without finalists; with finalists they alone are evaluated on it, "
+        "and nobody sees it for a point of the search",
+    )
+    test: TestSet | None = Field(None, examples=[{"name": "imagenet-v2", "path": "data/imagenet-v2", "samples": 10_000}])
 
     every_epochs: Number | None = Field(
         None, ge=0.001, description="also evaluate every so many epochs; null: cycle ends only", examples=[1]
@@ -597,8 +618,17 @@ Dimension = Annotated[
 ]
 
 
+Axes = dict[Annotated[str, Field(pattern=r"^(optimizer|decay|schedule)\.[a-z_0-9]+$", examples=["optimizer.lr"])], Dimension]
+"""dotted key of an arm -> the values it may take"""
+
+DERIVED = {"optimizer.one_minus_beta1": ("optimizer.momentum", "optimizer.betas.0"), "optimizer.effective_lr": ("optimizer.lr",)}
+"""axis that is no field of an optimizer -> the fields it sets, whichever the optimizer has: harness.study.fields"""
+
+Box = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]*$", max_length=40, examples=["narrow"])]
+
+
 class Arm(Frozen):
-    """A named point (or, with `space`, a box) in optimizer x decay x schedule.
+    """A named point (or, with `space` or `boxes`, a box or several) in optimizer x decay x schedule.
 
     The three blocks are checked as part of each resolved trial, because the space may supply their missing values.
     """
@@ -606,17 +636,95 @@ class Arm(Frozen):
     optimizer: dict[str, Any] = Field(examples=[{"name": "adam", "lr": 0.001}])
     decay: dict[str, Any] = Field({"name": "none"}, examples=[{"name": "none"}])
     schedule: dict[str, Any] = Field(examples=[{"name": "cosine"}])
-    space: dict[Annotated[str, Field(pattern=r"^(optimizer|decay|schedule)\.[a-z_0-9]+$", examples=["optimizer.lr"])], Dimension] = Field(
-        {}, description="dotted key of this arm -> the values it may take"
+    space: Axes = Field(
+        {},
+        description="dotted key of this arm -> the values it may take; beside fields, optimizer.one_minus_beta1 (sgd: momentum = 1 - it; "
+        "adam: beta1 = 1 - it, beta2 as in betas: [null, 0.99], left out 0.999) and optimizer.effective_lr (see gradient_scale)",
     )
+    boxes: dict[Box, Axes] = Field(
+        {},
+        description="in place of space: name -> a space; each becomes an arm ARM.BOX of its own. All have the same axes",
+        examples=[{"narrow": {"optimizer.lr": {"log_uniform": [0.001, 0.01]}}, "broad": {"optimizer.lr": {"log_uniform": [0.0001, 0.1]}}}],
+    )
+    gradient_scale: Number | None = Field(
+        None,
+        gt=0,
+        description="s of the axis optimizer.effective_lr, of adam: lr = effective_lr * (eps + s). A typical root of a second moment: "
+        "steps keep their size while eps moves over decades",
+        examples=[0.001],
+    )
+    _box: str | None = PrivateAttr(None)
+    """the one of `boxes` that this arm was made of; None for an arm as it is written"""
 
     @model_validator(mode="after")
     def _said_once(self) -> Self:
-        for key in self.space:
+        if self.boxes and self.space:
+            raise ValueError(f"space: stands beside boxes {', '.join(self.boxes)}; write its axes into each of them")
+        first = next(iter(self.boxes), "")
+        for name, axes in self.boxes.items():
+            if not axes:
+                raise ValueError(f"boxes.{name}: has no axes; e.g. optimizer.lr: {{log_uniform: [0.001, 0.01]}}")
+            if odd := sorted(axes.keys() ^ self.boxes[first].keys()):
+                has, lacks = (name, first) if odd[0] in axes else (first, name)
+                raise ValueError(f"boxes.{lacks}: lacks {odd[0]}, an axis of {has}: boxes have the same axes; else write two arms")
+        self._check("space", self.space)
+        for name, axes in self.boxes.items():
+            self._check(f"boxes.{name}", axes)
+        derived = [key for axes in (self.space, *self.boxes.values()) for key in axes]
+        if self.gradient_scale is not None and "optimizer.effective_lr" not in derived:
+            raise ValueError(
+                f"gradient_scale: {self.gradient_scale:g} has no meaning without the axis optimizer.effective_lr; add that, or leave it out"
+            )
+        return self
+
+    def _check(self, where: str, axes: Mapping[str, Any]) -> None:
+        """ValueError for a value that is said twice, and for an axis that this arm's optimizer does not have."""
+        for key, axis in axes.items():
             block, _, field = key.partition(".")
             if field in getattr(self, block):
-                raise ValueError(f"{key}: {getattr(self, block)[field]!r} is fixed and also an axis of space; remove one of them")
-        return self
+                raise ValueError(f"{key}: {getattr(self, block)[field]!r} is fixed and also an axis of {where}; remove one of them")
+            for said in DERIVED.get(key, ()):
+                name = said.split(".")[1]
+                fixed = self.optimizer.get(name)
+                if f"optimizer.{name}" in axes:
+                    raise ValueError(f"{where}.{key}: sets optimizer.{name}, which is an axis too; remove one of them")
+                if fixed is not None and not (name == "betas" and isinstance(fixed, list | tuple) and fixed[:1] in ([None], (None,))):
+                    advice = "; write [null, beta2]" if name == "betas" else "; remove one of them"
+                    raise ValueError(f"optimizer.{name}: {fixed!r} is fixed and also set by the axis {key}{advice}")
+            if key in DERIVED:
+                most = 1.0 if key == "optimizer.one_minus_beta1" else math.inf
+                values = axis.choice if isinstance(axis, Choice) else (axis.at(0.0), axis.at(1.0))
+                if out := [value for value in values if not _is_number(value) or not 0 < float(value) <= most]:
+                    limit = f" and at most {most:g}" if math.isfinite(most) else ""
+                    raise ValueError(f"{where}.{key}: {out[0]!r} must be a number above 0{limit}; e.g. {{log_uniform: [0.01, 0.3]}}")
+        if "optimizer.effective_lr" in axes:
+            if self.optimizer.get("name") != "adam":
+                given = self.optimizer.get("name")
+                raise ValueError(f"{where}.optimizer.effective_lr: is of adam, which has eps, not of {given!r}; use optimizer.lr")
+            if self.gradient_scale is None:
+                raise ValueError("gradient_scale: missing; the axis optimizer.effective_lr needs it; e.g. 0.001")
+
+    def split(self, name: str) -> dict[str, Arm]:
+        """The arms that this one, called `name`, stands for: itself, or one a box."""
+        out = {}
+        for box, axes in self.boxes.items():
+            arm = out[f"{name}.{box}"] = self.model_copy(update={"space": axes, "boxes": {}})
+            arm._box = box
+        return out or {name: self}
+
+    def written(self, name: str, key: str) -> str:
+        """Where the study file says `key` of this arm, called `name`: a dotted key."""
+        if self._box is None:
+            return f"arms.{name}.{f'space.{key}' if key in self.space else key}"
+        return f"arms.{name.removesuffix(f'.{self._box}')}.{f'boxes.{self._box}.{key}' if key in self.space else key}"
+
+
+def _is_number(value: Any) -> bool:
+    """YAML reads 1e-3 as text."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 FRESH_SEEDS_FROM = 1000
@@ -651,6 +759,34 @@ class Sampler(Frozen):
     seed: Whole = Field(0, ge=0)
 
 
+class Analysis(Frozen):
+    """How arms are compared: declared in the study, before there are results."""
+
+    method: Literal["welch", "paired"] = Field(
+        "welch", description="of the difference of two arms over their finalists' seeds; paired: seed by seed"
+    )
+    margin: Number = Field(0.2, gt=0, description="percentage points of error within which two arms count as equivalent", examples=[0.2])
+    comparisons: tuple[tuple[Name, Name], ...] | None = Field(
+        None,
+        description="pairs [A, B] of arms: A minus B. The name of an arm with boxes stands for each: two such are compared in every "
+        "box they share. null: every pair of arms as the file writes them",
+        examples=[[["AdamWR", "SGDWR"]]],
+    )
+
+
+def _boxes(name: str, arms: Iterable[str]) -> dict[str | None, str]:
+    """box -> the arm `name.box`; None -> the arm of that very name."""
+    return {None: name} if name in arms else {arm.removeprefix(f"{name}."): arm for arm in arms if arm.rpartition(".")[0] == name}
+
+
+def _pairs(a: str, b: str, arms: Iterable[str]) -> list[tuple[str, str]]:
+    """The arms that a pair of names compares; none when both have boxes and share none."""
+    mine, theirs = _boxes(a, arms), _boxes(b, arms)
+    if None in mine or None in theirs:
+        return [(one, other) for one in mine.values() for other in theirs.values()]
+    return [(mine[box], theirs[box]) for box in mine if box in theirs]
+
+
 class Study(Frozen):
     """configs/study/NAME.yaml: a workload x named arms x a search space x seeds."""
 
@@ -663,11 +799,41 @@ class Study(Frozen):
     search: Search = Search()
     finalists: Finalists | None = None
     sampler: Sampler = Sampler()
+    analysis: Analysis = Field(Analysis(), validate_default=True)
     ranks: Whole | None = Field(None, ge=1, description="processes a trial; null: as the cluster file says", examples=[2])
     budget: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
     checkpoint: dict[str, Any] = {}
     backend: dict[str, Any] = {}
+
+    @field_validator("arms")
+    @classmethod
+    def _boxes_are_arms(cls, value: dict[str, Arm]) -> dict[str, Arm]:
+        out = {made: one for name, arm in value.items() for made, one in arm.split(name).items()}
+        if twice := next((f"{name}.{box}" for name, arm in value.items() for box in arm.boxes if f"{name}.{box}" in value), None):
+            raise ValueError(f"{twice}: is also a box of {twice.rpartition('.')[0]}; give it another name")
+        return out
+
+    @field_validator("analysis")
+    @classmethod
+    def _comparisons_are_of_arms(cls, value: Analysis, info: ValidationInfo) -> Analysis:
+        arms: dict[str, Arm] | None = info.data.get("arms")
+        if arms is None:  # a mistake there is reported already
+            return value
+        for name in itertools.chain.from_iterable(value.comparisons or ()):
+            if not _boxes(name, arms):
+                raise ValueError(f"comparisons: {name!r} is no arm; {_suggest(name, list(arms))}")
+        written = dict.fromkeys(name if arm._box is None else name.removesuffix(f".{arm._box}") for name, arm in arms.items())
+        out: list[tuple[str, str]] = []
+        for a, b in itertools.combinations(written, 2) if value.comparisons is None else value.comparisons:
+            found = [] if a == b else _pairs(a, b, arms)
+            if not found and value.comparisons is not None:
+                why = "is an arm and itself" if a == b else "share no box"
+                raise ValueError(f"comparisons: [{a}, {b}] {why}; name two of {', '.join(arms)}")
+            out += found
+        if twice := next((p for i, p in enumerate(out) if p in out[:i] or p[::-1] in out[:i]), None):
+            raise ValueError(f"comparisons: {twice[0]} against {twice[1]} is there twice; leave one out")
+        return value.model_copy(update={"comparisons": tuple(out)})
 
     @model_validator(mode="after")
     def _phases_agree(self) -> Self:
@@ -938,7 +1104,7 @@ def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[Ba
     keys: list[str] = []
     field: FieldInfo | None = None
     inside: tuple[Any, ...] = (model,)
-    in_mapping = False
+    in_mappings = 0
     for part in loc:
         models = [m for m in inside if isinstance(m, type) and issubclass(m, BaseModel)]
         tagged = [m for m in models if part in (_tag(m), m.__name__)] if len(models) > 1 else []
@@ -949,14 +1115,19 @@ def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[Ba
         if part == "[key]":
             continue
         keys.append(str(part))
-        if in_mapping:
-            in_mapping = False
+        if in_mappings:
+            in_mappings -= 1
         elif models and isinstance(part, str):
             owner = models[0]
             field = owner.model_fields.get(part)
             inside = tuple(_leaves(field.annotation)) if field else ()
-            in_mapping = field is not None and get_origin(field.annotation) is dict
+            in_mappings = _nested(field.annotation) if field else 0
     return owner, keys, field
+
+
+def _nested(annotation: Any) -> int:
+    """How many mappings, one in the other."""
+    return 1 + _nested(get_args(annotation)[1]) if get_origin(annotation) is dict else 0
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:

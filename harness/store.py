@@ -1,6 +1,6 @@
 """Where things lie on disk: runs/STUDY/trials/ID/..., and where a trial stands.
 
-    runs/STUDY/trials/ID/config.yaml  journal.jsonl  result.json  checkpoints/step-N-attempt-K/  weights/step-N.pt  logs/
+    runs/STUDY/trials/ID/config.yaml  journal.jsonl  result.json  checkpoints/step-N-attempt-K/  weights/step-N.pt  correct/  logs/
 
 No torch: the login node reads states from here.
 """
@@ -39,16 +39,16 @@ ENDED = ("finished", "diverged", *RETRIED)
 """states of trials that do not go on by themselves; the next submission goes on with cancelled ones, as with interrupted ones"""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing, also after a power cut."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The whole content or nothing, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "wb") as file:
             umask = os.umask(0)
             os.umask(umask)
             os.fchmod(file.fileno(), 0o666 & ~umask)
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
@@ -95,6 +95,7 @@ class TrialFolder:
         self.result = path / "result.json"
         self.checkpoints = path / "checkpoints"
         self.weights = path / "weights"
+        self.correct = path / "correct"
         self.attempts = path / "attempts"
         self.logs = path / "logs"
         self._lock = path / "lock"

@@ -18,10 +18,15 @@ from typing import Any
 import yaml
 
 from harness import schedule
-from harness.config import Arm, BadInput, Choice, Study, Trial, WorkloadFile, find, parse, read_yaml
+from harness.config import DERIVED, Adam, Arm, BadInput, Choice, Study, Trial, WorkloadFile, find, parse, read_yaml
 
 DEFAULTS = ("budget", "evaluation", "checkpoint")
 """blocks of a workload file that a study may override"""
+
+
+BLOCKS = ("optimizer", "decay", "schedule")
+DEFAULT_BETA2: float = Adam.model_fields["betas"].default[1]
+DEFAULT_EPS: float = Adam.model_fields["eps"].default
 
 
 @dataclass(frozen=True)
@@ -104,11 +109,12 @@ def _set(document: dict[str, Any], override: str) -> None:
 
 
 def _path(key: str) -> list[str]:
-    """The parts of a dotted key; what follows `space` is one part, since an axis is itself a dotted key."""
+    """The parts of a dotted key; what follows `space`, or a box, is one part, since an axis is itself a dotted key."""
     parts = key.split(".")
-    if len(parts) > 4 and parts[0] == "arms" and parts[2] == "space":
-        return [*parts[:3], ".".join(parts[3:5]), *parts[5:]]
-    return parts
+    axis = {"space": 3, "boxes": 4}.get(parts[2]) if len(parts) > 2 and parts[0] == "arms" else None
+    if axis is None or len(parts) < axis + 2:
+        return parts
+    return [*parts[:axis], ".".join(parts[axis : axis + 2]), *parts[axis + 2 :]]
 
 
 def _workload(study: Study, source: str) -> WorkloadFile:
@@ -127,7 +133,15 @@ def _workload(study: Study, source: str) -> WorkloadFile:
             raise BadInput(f"{where}: {key}: {document[key]!r} must be a mapping of keys to values")
         document[key] = _merged(document.get(key, {}), getattr(study, key))
     workload = parse(WorkloadFile, document, where, lambda key: key if key.partition(".")[0] in DEFAULTS else f"workload.{key}")
-    return workload.model_copy(update={"data": workload.data.model_copy(update={"path": Path(workload.data.path).expanduser().absolute()})})
+    evaluation, test = workload.evaluation, workload.evaluation.test
+    if test is not None:
+        evaluation = evaluation.model_copy(update={"test": test.model_copy(update={"path": _absolute(test.path)})})
+    data = workload.data.model_copy(update={"path": _absolute(workload.data.path)})
+    return workload.model_copy(update={"data": data, "evaluation": evaluation})
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +167,7 @@ def points(arm_name: str, arm: Arm, study: Study) -> Iterator[dict[str, Any]]:
         yield {}
         return
     if study.sampler.name == "grid":
-        for values in itertools.product(*(_levels(arm_name, key, axis) for key, axis in axes)):
+        for values in itertools.product(*(_levels(arm_name, arm, key, axis) for key, axis in axes)):
             yield dict(zip((key for key, _ in axes), values, strict=True))
         return
     if study.search.points is None:
@@ -168,12 +182,66 @@ def points(arm_name: str, arm: Arm, study: Study) -> Iterator[dict[str, Any]]:
         yield {key: axis.at(float(u)) for (key, axis), u in zip(axes, unit, strict=True)}
 
 
-def _levels(arm: str, key: str, axis: Any) -> list[Any]:
+def _levels(name: str, arm: Arm, key: str, axis: Any) -> list[Any]:
     if isinstance(axis, Choice):
         return list(axis.choice)
     if axis.num is None:
-        raise BadInput(f"arms.{arm}.space.{key}.num: missing; sampler grid needs the points along each axis; e.g. 5")
+        raise BadInput(f"{arm.written(name, key)}.num: missing; sampler grid needs the points along each axis; e.g. 5")
     return [axis.at(i / (axis.num - 1)) for i in range(axis.num)]
+
+
+def fields(arm: Arm, point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arm's optimizer, decay and schedule at a point of its axes. Pure; its inverse is `axis_values`.
+
+    Two axes are no fields. optimizer.one_minus_beta1: momentum, or Adam's beta1, is 1 minus it. optimizer.effective_lr: lr is it
+    times (eps + the arm's gradient_scale), eps as this point, the arm or Adam's default has it. Values of DERIVED fields have
+    fifteen and twelve significant digits, enough to find the axis value again. ValueError where eps is no number.
+    """
+    blocks = {block: dict(getattr(arm, block)) for block in BLOCKS}
+    for key, value in point.items():
+        if key not in DERIVED:
+            block, _, field = key.partition(".")
+            blocks[block][field] = value
+    optimizer = blocks["optimizer"]
+    if "optimizer.one_minus_beta1" in point:
+        beta1 = float(f"{1 - float(point['optimizer.one_minus_beta1']):.15g}")
+        if optimizer.get("name") == "adam":
+            optimizer["betas"] = [beta1, *optimizer.get("betas", (None, DEFAULT_BETA2))[1:]]
+        else:
+            optimizer["momentum"] = beta1
+    if "optimizer.effective_lr" in point:
+        optimizer["lr"] = float(f"{float(point['optimizer.effective_lr']) * _scale(arm, optimizer.get('eps', DEFAULT_EPS)):.12g}")
+    return blocks
+
+
+def axis_values(arm: Arm, trial: Trial) -> dict[str, Any]:
+    """The point of its axes that made `trial` of `arm`: {dotted key: value}, the optimizer's first, as they were drawn."""
+    keys = sorted(arm.space, key=lambda key: (BLOCKS.index(key.partition(".")[0]), key))
+    return {key: _axis_value(arm, trial, key) for key in keys}
+
+
+def _axis_value(arm: Arm, trial: Trial, key: str) -> Any:
+    optimizer = trial.optimizer
+    if key == "optimizer.one_minus_beta1":
+        return _drawn(1 - (optimizer.betas[0] if optimizer.name == "adam" else optimizer.momentum))
+    if key == "optimizer.effective_lr" and optimizer.name == "adam":
+        return _drawn(optimizer.lr / _scale(arm, optimizer.eps))
+    block, _, field = key.partition(".")
+    return getattr(getattr(trial, block), field)
+
+
+def _scale(arm: Arm, eps: Any) -> float:
+    """What the effective rate is multiplied with."""
+    assert arm.gradient_scale is not None, "checked with the arm"
+    try:
+        return float(eps) + arm.gradient_scale
+    except (TypeError, ValueError):
+        raise ValueError(f"optimizer.eps: {eps!r} must be a number; e.g. {DEFAULT_EPS:g}") from None
+
+
+def _drawn(value: float) -> float:
+    """Without the last bits that came of arithmetic: drawn values have six significant digits, written ones rarely more than nine."""
+    return float(f"{value:.9g}")
 
 
 # --------------------------------------------------------------------------------------------------- trials
@@ -182,10 +250,12 @@ def _levels(arm: str, key: str, axis: Any) -> list[Any]:
 def resolve(loaded: LoadedStudy, arm_name: str, point: Mapping[str, Any], phase: str, seed: int) -> Trial:
     """One point of one arm as a frozen trial. Raises BadInput naming keys as the study file spells them."""
     study, arm = loaded.study, loaded.study.arms[arm_name]
-    blocks = {k: dict(getattr(arm, k)) for k in ("optimizer", "decay", "schedule")}
-    for key, value in point.items():
-        block, _, field = key.partition(".")
-        blocks[block][field] = value
+    try:
+        blocks = fields(arm, point)
+    except ValueError as error:
+        key, _, fault = str(error).partition(":")
+        raise BadInput(f"{loaded.source}: {arm.written(arm_name, key)}:{fault}") from None
+    reports = phase == "finalists" or (study.finalists is None and loaded.workload.evaluation.val)
     document = {
         "study": study.name,
         "arm": arm_name,
@@ -193,7 +263,7 @@ def resolve(loaded: LoadedStudy, arm_name: str, point: Mapping[str, Any], phase:
         "workload": loaded.workload.model_dump(include={"name", "data", "model", "recipe"}),
         **blocks,
         "budget": loaded.workload.budget.model_dump(),
-        "evaluation": loaded.workload.evaluation.model_dump(),
+        "evaluation": loaded.workload.evaluation.model_dump() | {"val": reports},
         "checkpoint": loaded.workload.checkpoint.model_dump(),
         "backend": study.backend,
         "seed": seed,
@@ -202,9 +272,10 @@ def resolve(loaded: LoadedStudy, arm_name: str, point: Mapping[str, Any], phase:
     def as_written(key: str) -> str:
         if key == "seed":
             return f"{phase}.seeds"
-        if key in point or key.rpartition(".")[0] in point:
-            return f"arms.{arm_name}.space.{key}"
-        return f"arms.{arm_name}.{key}" if key.partition(".")[0] in blocks else key
+        if key.partition(".")[0] not in blocks:
+            return key
+        axis = next((a for a in point if key == a or key.startswith(f"{a}.") or key in DERIVED.get(a, ())), key)
+        return arm.written(arm_name, axis) + (key.removeprefix(axis) if key.startswith(axis) else "")
 
     return parse(Trial, document, loaded.source, as_written)
 
@@ -247,4 +318,7 @@ def warnings(loaded: LoadedStudy) -> list[str]:
     if data.holdout_samples == 0 and loaded.study.finalists is not None:
         key, value = ("train_on", "train") if data.train_on != "train" else ("holdout_per_class", "50")
         lines.append(f"workload.data.{key}: {getattr(data, key)}, so there is no holdout and finalists cannot be chosen; e.g. {value}")
+    test = loaded.workload.evaluation.test
+    if test is not None and loaded.study.finalists is None:
+        lines.append(f"evaluation.test: {test.name} is for finalists, of which there are none; e.g. finalists: {{top: 1, seeds: 8}}")
     return list(dict.fromkeys(lines))

@@ -15,7 +15,7 @@ from harness.attempt import Attempt, Progress
 from harness.config import Trial
 from harness.data import loader, order
 from harness.dist import Ranks, joined
-from harness.evaluate import evaluate
+from harness.evaluate import Evaluated, evaluate
 from harness.schedule import cycle_ends, schedule, steps_per_epoch, total_steps
 from harness.stopping import StopRequest
 from harness.store import Store
@@ -38,9 +38,10 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         Attempt(trial, folder, ranks, takes_over) as attempt,
     ):
         recipe = trial.workload.recipe
-        data = loader.open_data(trial.workload.data, crops=recipe.crop is not None or recipe.augment is not None)
+        test = trial.evaluation.test if trial.phase == "finalists" else None
+        data = loader.open_data(trial.workload.data, crops=recipe.crop is not None or recipe.augment is not None, test=test)
         worker = engine.build(trial, ranks)
-        resumed = attempt.resume(worker, data_sha256=data.index.sha256)
+        resumed = attempt.resume(worker, **data.sha256())
         clock, answer = Clock(resumed.train_seconds, resumed.wait_seconds, ranks.device), resumed.answer
         total, ends = total_steps(trial), set(cycle_ends(trial))
         evaluations = ends | _every(trial, trial.evaluation.every_epochs) | {total}
@@ -74,7 +75,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
                         attempt.commit()
             if done in evaluations:
                 with clock.stopped():
-                    measured = _evaluate(trial, worker, data, ranks) | attempt.substitutions(step, data.substituted)
+                    measured = _evaluate(trial, worker, data, attempt, done) | attempt.substitutions(step, data.substituted)
                     if done in ends:
                         answer = {f"anytime/{k.replace('/', '_')}": v for k, v in measured.items() if k.endswith("top1")}
                         measured |= result.measured | _train_eval(trial, worker, data, ranks)
@@ -99,22 +100,36 @@ def _every(trial: Trial, epochs: float | None) -> set[int]:
     return {max(1, round(i * epochs * steps_per_epoch(trial))) for i in range(1, count + 1)}
 
 
-def _evaluate(trial: Trial, worker: engine.Engine, data: loader.DataSet, ranks: Ranks) -> dict[str, float]:
-    """holdout/* and val/*; no holdout, no holdout/*."""
+def _evaluate(trial: Trial, worker: engine.Engine, data: loader.DataSet, attempt: Attempt, done: int) -> dict[str, float]:
+    """holdout/* where there is a holdout, and val/* where the trial reports it; with a finalist's last answer test/* too.
+
+    A finalist keeps which images of val and test its last answer has right: that of the last cycle that the budget completes.
+    """
+    last = trial.phase == "finalists" and done == max(cycle_ends(trial), default=0)
+    views = {"holdout": data.holdout}
+    if trial.evaluation.val:
+        views["val"] = data.val
+    if last and data.test is not None:
+        views["test"] = data.test
     out: dict[str, float] = {}
-    for split, view in (("holdout", data.holdout), ("val", data.val)):
+    for split, view in views.items():
         if len(view):
-            batches = loader.eval_batches(view, ranks.rank, ranks.world_size, trial.evaluation.batch_size)
-            found = evaluate(worker.evaluation_model(), batches, len(view), ranks)
-            out |= {f"{split}/{key}": value for key, value in found.items()}
+            found = _on(view, trial, worker, attempt.ranks)
+            out |= {f"{split}/{key}": value for key, value in found.metrics.items()}
+            if last and split != "holdout":
+                attempt.keep_correct(done - 1, split, found.correct)
     return out
 
 
 def _train_eval(trial: Trial, worker: engine.Engine, data: loader.DataSet, ranks: Ranks) -> dict[str, float]:
     """Plain cross-entropy of the fixed clean training subset: tells "optimises worse" from "generalises worse"."""
     view = data.train_eval(trial.evaluation.train_eval_samples)
+    return {"train_eval/loss": _on(view, trial, worker, ranks).metrics["loss"]}
+
+
+def _on(view: loader.View, trial: Trial, worker: engine.Engine, ranks: Ranks) -> Evaluated:
     batches = loader.eval_batches(view, ranks.rank, ranks.world_size, trial.evaluation.batch_size)
-    return {"train_eval/loss": evaluate(worker.evaluation_model(), batches, len(view), ranks)["loss"]}
+    return evaluate(worker.evaluation_model(), batches, len(view), ranks)
 
 
 class Clock:

@@ -202,7 +202,7 @@ def logs(
 @app.command("train")
 def train(file: Annotated[Path, typer.Argument(metavar="TRIAL.yaml", help="a resolved trial")], store: StoreOption = RUNS) -> int:
     """One trial in this process, or in every rank of torchrun or srun."""
-    from harness.data.index import Index
+    from harness.data.index import checked
 
     trial = parse(Trial, read_yaml(file), str(file))
     kept = Store(store)
@@ -211,7 +211,7 @@ def train(file: Annotated[Path, typer.Argument(metavar="TRIAL.yaml", help="a res
     if not ranks.isdigit() or int(ranks) < 1:
         raise BadInput(f"WORLD_SIZE: {ranks!r} must be a number of processes; e.g. 2")
     trial.micro_batch_size(int(ranks))
-    Index.load(trial.workload.data.path).check(trial.workload.data)
+    checked(trial.workload.data, trial.evaluation.test if trial.phase == "finalists" else None)
     from harness.train import train
 
     result = train(trial, kept)

@@ -26,7 +26,7 @@ import yaml
 
 from harness import tracking
 from harness.config import BadInput, Frozen, Name, Shape, Slurm, Trial, Whole, parse
-from harness.data.index import Index
+from harness.data.index import checked
 from harness.store import Store, write_atomically
 from harness.study import LoadedStudy, Planned, planned
 from launch import slurm, snapshot
@@ -71,8 +71,7 @@ def check(loaded: LoadedStudy, store: Store, cluster: Slurm) -> None:
 
     for phase, trial in _of_each_phase(loaded):
         trial.micro_batch_size(shape_of(loaded, cluster, phase).ranks)
-    data = loaded.workload.data
-    Index.load(data.path).check(data)
+    checked(loaded.workload.data, loaded.workload.evaluation.test)
     store.check_writable()
     tracking.check_store(store)
     for phase, _ in _of_each_phase(loaded):

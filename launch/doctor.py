@@ -21,7 +21,7 @@ from rich.text import Text
 
 from harness.config import CONFIGS, BadInput, WorkloadFile, parse, read_yaml
 from harness.data import decode
-from harness.data.index import Index
+from harness.data.index import checked
 from harness.store import Store
 from harness.tracking import check_store, redacted, tracking_uri
 from launch import slurm
@@ -200,7 +200,7 @@ def _shards() -> Iterator[Finding]:
     for path in sorted((CONFIGS / "workload").glob("*.yaml")):
         try:
             data = parse(WorkloadFile, {"name": path.stem, **read_yaml(path)}, path.name).data
-            Index.load(data.path).check(data)
+            checked(data, None)
             yield Finding("shards", True, f"{path.stem}: {data.train_samples} train and {data.val_samples} val at {data.path}")
         except BadInput as error:
             yield Finding("shards", False, f"{path.stem}: {str(error).splitlines()[0]}")

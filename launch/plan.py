@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -12,15 +13,17 @@ from rich.console import Console
 
 from harness import journal, schedule
 from harness.config import BadInput, Cluster, Slurm, Trial
-from harness.data.index import Index
+from harness.data.index import checked
 from harness.store import Store
-from harness.study import LoadedStudy, Planned, planned, warnings
+from harness.study import LoadedStudy, Planned, axis_values, planned, warnings
+from launch import power
 from launch.local import places, visible_gpus
 from launch.standing import standings
 from launch.submit import any_trial, world_size
 from launch.terminal import duration, table
 
 NOT_MEASURED = "not measured yet"
+PAIRING = {"unpaired": False, "paired": True}
 
 
 def measured_seconds_per_step(trial: Trial, ranks: int, store: Store) -> float | None:
@@ -90,15 +93,45 @@ def as_json(loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: 
                 "estimate_seconds": per_step and steps * per_step,
             }
         )
-    return {"study": loaded.name, "arms": list(loaded.study.arms), "trials": trials, "warnings": plan_warnings(loaded)}
+    return {
+        "study": loaded.name,
+        "arms": list(loaded.study.arms),
+        "trials": trials,
+        "phases": phases(loaded, plan, store, cluster),
+        "power": power_rows(loaded),
+        "warnings": plan_warnings(loaded),
+    }
+
+
+def phases(loaded: LoadedStudy, plan: Sequence[Planned], store: Store, cluster: Cluster) -> list[dict[str, Any]]:
+    """Of each phase its trials, ranks a trial, and GPU-hours of training (hours x ranks; None: not measured)."""
+    trial, counts = any_trial(loaded), Counter(p.phase for p in plan)
+    ranks = {phase: world_size(loaded, cluster.of_phase(phase) if isinstance(cluster, Slurm) else cluster) for phase in counts}
+    per_step = {count: measured_seconds_per_step(trial, count, store) for count in set(ranks.values())}
+    rows = []
+    for phase, trials in counts.items():
+        seconds = per_step[ranks[phase]]
+        hours = None if seconds is None else trials * schedule.total_steps(trial) * seconds * ranks[phase] / 3600
+        rows.append({"phase": phase, "trials": trials, "ranks": ranks[phase], "gpu_hours": hours})
+    return rows
+
+
+def power_rows(loaded: LoadedStudy) -> list[dict[str, Any]]:
+    """What the reported seeds of two arms can show, in points of error, for each assumed seed sd; None below two seeds."""
+    seeds = len((loaded.study.finalists or loaded.study.search).seeds)
+    return [
+        {"seeds": seeds, "seed_sd": sd}
+        | {f"difference_{name}": power.smallest_difference(seeds, sd, paired) for name, paired in PAIRING.items()}
+        | {f"margin_{name}": power.narrowest_margin(seeds, sd, paired) for name, paired in PAIRING.items()}
+        for sd in power.SEED_SDS
+    ]
 
 
 def plan_warnings(loaded: LoadedStudy) -> list[str]:
     """What is legal and probably not meant, and shards that a submission would miss."""
     found = warnings(loaded)
-    data = loaded.workload.data
     try:
-        Index.load(data.path).check(data)
+        checked(loaded.workload.data, loaded.workload.evaluation.test)
     except BadInput as error:
         found += str(error).splitlines()
     return found
@@ -120,8 +153,27 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
         f"{loaded.name}: {len(plan)} trials of {steps} steps, {ranks} rank(s) each, {at_once} at a time; estimated cost: {cost}",
         soft_wrap=True,
     )
+    for row in phases(loaded, plan, store, cluster):
+        hours = NOT_MEASURED if row["gpu_hours"] is None else f"{row['gpu_hours']:.2f}"
+        out.print(f"{row['phase']}: {row['trials']} trials, GPU-hours of training: {hours}", soft_wrap=True)
+    _show_power(out, loaded)
     if with_schedule:
         _show_schedules(out, plan)
+
+
+def _show_power(out: Console, loaded: LoadedStudy) -> None:
+    rows = power_rows(loaded)
+    seeds, keys = rows[0]["seeds"], [key for key in rows[0] if key.startswith(("difference", "margin"))]
+    if seeds < 2:
+        out.print("one seed a configuration: no difference can be told from chance; e.g. finalists: {top: 3, seeds: 8}", soft_wrap=True)
+        return
+    out.print(
+        f"{seeds} seeds an arm, points of error: the smallest difference found with {power.POWER:.0%} power (two-sided {power.LEVEL:.0%}), "
+        f"and the margin below which equivalence cannot pass (the study's: {loaded.study.analysis.margin:g})",
+        soft_wrap=True,
+    )
+    cells = [[f"{row['seed_sd']:.2f}", *(f"{row[key]:.2f}" for key in keys)] for row in rows]
+    out.print(table(("assumed seed sd", *(key.replace("_", ", ") for key in keys)), cells))
 
 
 def _at_once(cluster: Cluster, ranks: int, trials: int) -> int:
@@ -140,10 +192,8 @@ def _point(loaded: LoadedStudy, trial: Trial | None) -> str:
     """The values that the search chose, the optimizer's first."""
     if trial is None:
         return "decided by the search"
-    blocks = ("optimizer", "decay", "schedule")
-    keys = sorted(loaded.study.arms[trial.arm].space, key=lambda key: (blocks.index(key.partition(".")[0]), key))
-    values = ((key, getattr(getattr(trial, key.partition(".")[0]), key.partition(".")[2])) for key in keys)
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values)
+    values = axis_values(loaded.study.arms[trial.arm], trial)
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
 
 
 def _show_schedules(out: Console, plan: Sequence[Planned]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from harness import schedule, tracking
 from harness.config import BadInput, Cluster, Local, Slurm, Trial
-from harness.data.index import Index
+from harness.data.index import checked
 from harness.store import ENDED, Store, TrialFolder, TrialState, write_atomically
 from harness.study import LoadedStudy, Planned, planned
 from launch import snapshot
@@ -51,9 +51,8 @@ def check(loaded: LoadedStudy, store: Store, cluster: Local) -> None:
     """BadInput, a line a mistake, unless every trial of the study could start now."""
     if waiting := [trial_id for trial_id, s in standings(store, loaded.name).trials.items() if s.live and s.entry.token]:
         raise BadInput(f"{loaded.name}: {len(waiting)} of its trials are queued or running in SLURM; wait, or: wrbench study cancel")
-    data = loaded.workload.data
     any_trial(loaded).micro_batch_size(world_size(loaded, cluster))
-    Index.load(data.path).check(data)
+    checked(loaded.workload.data, loaded.workload.evaluation.test)
     store.check_writable()
     tracking.check_store(store)
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from harness.config import BadInput, Data
+from harness.config import BadInput, Data, TestSet
 
 NAME = "index.npz"
 FORMAT = "wrbench shard index"
@@ -195,6 +195,18 @@ class Index:
         if lines:
             raise BadInput("\n".join(lines))
 
+    def check_test(self, test: TestSet, data: Data) -> None:
+        """BadInput unless the val shards here are the further `test` set of `data`; a line a mistake."""
+        lines, tested = self.changed_files(), self.val()
+        if len(tested) != test.samples:
+            holds = f"{self.folder} holds {len(tested)} val samples"
+            lines.append(f"evaluation.test.samples: {test.samples}, but {holds}; write {len(tested)}, or another path")
+        outside = tested[(self.label[tested] < 0) | (self.label[tested] >= data.num_classes)]
+        if len(outside):
+            lines.append(self.label_fault(int(outside[0]), data.num_classes))
+        if lines:
+            raise BadInput("\n".join(lines))
+
     def _too_few(self, data: Data, counts: IntArray) -> str | None:
         """Says so when a class has too few different images for its holdout, and at least one more to train on."""
         held = np.bincount(self.label[self.holdout(data)], minlength=data.num_classes)
@@ -289,11 +301,14 @@ class Index:
                 _add(archive, f"{column}.npy", getattr(self, column))
 
     @classmethod
-    def load(cls, path: Path) -> Index:
-        """The index in folder `path`, or the index file itself; BadInput when there is none that this version reads."""
+    def load(cls, path: Path, key: str = "workload.data.path") -> Index:
+        """The index in folder `path`, or the index file itself; BadInput when there is none that this version reads.
+
+        key: where a config says the path, for the message.
+        """
         file = path / NAME if path.is_dir() else path
         if not file.is_file():
-            raise BadInput(f"{_missing(path)}, or set workload.data.path")
+            raise BadInput(f"{_missing(path)}, or set {key}")
         remedy = f"write it again with: wrbench shards index {file.parent}"
         try:
             with np.load(file, allow_pickle=False) as archive:
@@ -333,6 +348,17 @@ class Index:
             raise ValueError("shard")
         if samples and (self.extension.min() < 0 or self.extension.max() >= len(self.extensions) or self.offset.min() < 0):
             raise ValueError("extension, offset")
+
+
+def checked(data: Data, test: TestSet | None) -> tuple[Index, Index | None]:
+    """The indices of a data set and of its further test set, if it has one. BadInput for shards that are not as described."""
+    index = Index.load(data.path)
+    index.check(data)
+    if test is None:
+        return index, None
+    further = Index.load(test.path, "evaluation.test.path")
+    further.check_test(test, data)
+    return index, further
 
 
 def _holdout_rank(label: npt.NDArray[np.int32], digest: npt.NDArray[np.uint64], is_val: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:

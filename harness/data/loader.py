@@ -24,10 +24,10 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from harness import schedule
-from harness.config import Data, RandAugment, Recipe, Trial, TrivialAugment
+from harness.config import Data, RandAugment, Recipe, TestSet, Trial, TrivialAugment
 from harness.data import decode, order, workers
 from harness.data.decode import Box, Pixels
-from harness.data.index import CorruptSample, Index, IntArray
+from harness.data.index import CorruptSample, Index, IntArray, checked
 from harness.data.parallel import cores
 from harness.data.remote import Unreachable, reader
 from harness.data.resize import centre, resize, shorter_side
@@ -63,14 +63,15 @@ class Substitution:
 
 
 class DataSet:
-    """The three views of one data set: `train` (what is trained on), `holdout` (what is decided on), `val` (what is reported).
+    """The views of one data set: `train` (what is trained on), `holdout` (what is decided on), `val` (what is reported), and
+    `test`, of the index of a further set, where there is one.
 
     `substituted` lists the corrupt training samples found so far, by number: all of them from the start when the data are
     decoded at start, else those that this process came across.
     """
 
-    def __init__(self, index: Index, data: Data, crops: bool, threads: int) -> None:
-        self.index = index
+    def __init__(self, index: Index, data: Data, crops: bool, threads: int, test: Index | None) -> None:
+        self.index, self._test = index, test
         self.threads = threads
         reader = Reader(index, data)
         trained = index.train(data)
@@ -82,9 +83,15 @@ class DataSet:
         self.train = view(trained, load)
         self.holdout = view(index.holdout(data), reader)
         self.val = view(index.val(), reader)
-        if len(index.label) * math.prod(self.shape) <= DECODED_BYTES:
-            for kept in (self.holdout, self.val) if crops else (self.train, self.holdout, self.val):
-                kept.decode()
+        self.test = view(test.val(), Reader(test, data)) if test is not None else None
+        if (len(index.label) + (len(self.test) if self.test else 0)) * math.prod(self.shape) <= DECODED_BYTES:
+            for kept in (None if crops else self.train, self.holdout, self.val, self.test):
+                if kept is not None:
+                    kept.decode()
+
+    def sha256(self) -> dict[str, str]:
+        """{data_sha256, and where there is a test set test_sha256}: the identities of the samples and of their order."""
+        return {"data_sha256": self.index.sha256} | ({"test_sha256": self._test.sha256} if self._test is not None else {})
 
     @property
     def substituted(self) -> list[Substitution]:
@@ -114,8 +121,8 @@ def _may_be_open(shards: int) -> int:
     return min(shards, max(128, allowed - OPEN_FILES)) or 1
 
 
-def open_data(data: Data, crops: bool = False, threads: int | None = None) -> DataSet:
-    """Index and shards of `data`, checked; decoded too when that fits in memory.
+def open_data(data: Data, crops: bool = False, threads: int | None = None, test: TestSet | None = None) -> DataSet:
+    """Index and shards of `data`, and of a further `test` set, checked; decoded too when they fit in memory.
 
     crops: training sees other parts of its images every epoch, so that these are not decoded at start. threads: that read,
     0 for the caller's own, default threads_of_a_rank(); batches do not depend on it.
@@ -123,12 +130,11 @@ def open_data(data: Data, crops: bool = False, threads: int | None = None) -> Da
     Raises BadInput, a line a mistake: no index, missing or truncated shards, other counts or classes than `data` says.
     Raises CorruptSample, naming shard and key: a sample whose crc32 is wrong, that does not decode, whose size is not
     image_size where nothing is resized, or whose label is outside the classes. With on_corrupt: substitute another sample
-    takes its place *in training*, up to 1 % of the samples trained on. In holdout and val nothing is ever substituted:
+    takes its place *in training*, up to 1 % of the samples trained on. In holdout, val and test nothing is ever substituted:
     every reported sample is counted exactly once.
     """
-    index = Index.load(data.path)
-    index.check(data)
-    return DataSet(index, data, crops, threads_of_a_rank() if threads is None else threads)
+    index, further = checked(data, test)
+    return DataSet(index, data, crops, threads_of_a_rank() if threads is None else threads, further)
 
 
 # ------------------------------------------------------------------------------------------- reading samples

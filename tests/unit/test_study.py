@@ -156,7 +156,7 @@ def test_seed_0_of_every_arm_sees_the_same_data_and_initial_weights_by_construct
     ("override", "message"),
     [
         ("arms.AdamWR.optimizer.momentum=0.9", "arms.AdamWR.optimizer.momentum: unknown key; valid: betas, eps, lr, name"),
-        ("arms.AdamWR.foo=1", "arms.AdamWR.foo: unknown key; valid: decay, optimizer, schedule, space"),
+        ("arms.AdamWR.foo=1", "arms.AdamWR.foo: unknown key; valid: boxes, decay, gradient_scale, optimizer, schedule, space"),
         ("arms.AdamWR.optimizer.name=adamw", "arms.AdamWR.optimizer.name: 'adamw' is not known"),
         ("arms.AdamWR.space.optimizer.foo.log_uniform=[1,2]", "arms.AdamWR.space.optimizer.foo: unknown key; valid: betas"),
         ("arms.SGDWR.space.optimizer.momentum.uniform=[0.5,1.5]", "arms.SGDWR.optimizer.momentum: 0.9 is fixed and also an axis of space"),
