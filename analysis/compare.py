@@ -6,7 +6,6 @@ of `runs.Records`.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
@@ -14,11 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from analysis.estimate import MARGIN, Difference, Estimate, Method, difference, mean, sampling_error
+from analysis.estimate import Difference, Estimate, Method, difference, difference_over_images, mean, sampling_error
 from analysis.runs import Records
-from harness.config import WorkloadFile
+from harness.config import Arm, BadInput, Choice, LogUniform, Trial, WorkloadFile
+from harness.correct import correct
+from harness.study import axis_values
 
 HOLDOUT, VALIDATION = "anytime/holdout_top1", "anytime/val_top1"
 """The answer of the last completed cycle: what selection reads, and what is reported."""
@@ -30,7 +32,9 @@ PENDING = ("pending", "queued", "running")
 """Part of the missing ones: may still come by itself."""
 
 METHODS: tuple[Method, ...] = ("welch", "paired")
-"""The first is the one a verdict is taken from."""
+
+OUTER = 0.1
+"""share of an axis, at either end, where a best point says that the box was too small"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class ArmResult:
     name: str
     planned: int
     finished: int
-    """trials with a reported error"""
+    """trials with a result: of the reported phase a validation error, of the search a holdout error"""
     failed: int
     diverged: int
     missing: int
@@ -55,6 +59,8 @@ class ArmResult:
     """`config` of the best configuration in the table of trials; None when nothing can be chosen"""
     parameters: Mapping[str, Any]
     """its searched values, by dotted key"""
+    at_edge: tuple[str, ...]
+    """of these, those in the outer tenth of their axis, in words"""
     trial_ids: tuple[str, ...]
     """its trials in that phase, in the order of their seeds"""
     best_trial_id: str | None
@@ -72,6 +78,8 @@ class Pair:
     a: str
     b: str
     difference: Difference
+    declared: bool
+    """by the study's method: the one a verdict is taken from"""
 
 
 @dataclass(frozen=True)
@@ -80,24 +88,56 @@ class Comparison:
     workload: WorkloadFile
     arms: tuple[ArmResult, ...]
     pairs: tuple[Pair, ...]
-    """every pair of arms by every method, the order of METHODS within a pair"""
+    """each of the study's comparisons by every method that its data allow, the declared one first"""
     flags: tuple[str, ...]
     """what makes the comparison less than fair or less than complete, one line each"""
     imagenet: str
     """what can be said of ImageNet, always said"""
 
+    def arm(self, name: str) -> ArmResult:
+        return next(arm for arm in self.arms if arm.name == name)
 
-def compare(records: Records, margin: float = MARGIN) -> Comparison:
-    """Arms, pairs and flags of a study. `margin` of equivalence in points of error."""
+    @property
+    def judged(self) -> tuple[Pair, ...]:
+        """The comparisons by the declared method."""
+        return tuple(pair for pair in self.pairs if pair.declared)
+
+
+def compare(records: Records) -> Comparison:
+    """Arms, pairs and flags of a study. Pairs, method and margin are those its file declares; the pairs are judged together."""
     table, study = records.trials[records.trials.planned], records.study
     phase = "finalists" if study.study.finalists else "search"
-    arms = tuple(_arm(name, table[table.arm == name], phase, records) for name in study.study.arms)
-    pairs = tuple(
-        Pair(a.name, b.name, difference(a.errors, b.errors, method, margin=margin))
-        for a, b in itertools.combinations(arms, 2)
-        for method in METHODS
-    )
-    return Comparison(study.name, study.workload, arms, pairs, tuple(_flags(records, arms)), _imagenet(table, study.workload))
+    arms = {name: _arm(name, table[table.arm == name], phase, records) for name in study.study.arms}
+    declared = study.study.analysis.comparisons or ()
+    pairs = tuple(pair for a, b in declared for pair in _pairs(arms[a], arms[b], len(declared), records))
+    flags = tuple(_flags(records, tuple(arms.values()), len(declared)))
+    return Comparison(study.name, study.workload, tuple(arms.values()), pairs, flags, _imagenet(table, study.workload))
+
+
+def _pairs(a: ArmResult, b: ArmResult, family: int, records: Records) -> Iterator[Pair]:
+    declared = records.study.study.analysis
+    for method in sorted(METHODS, key=lambda method: method != declared.method):
+        found = difference(a.errors, b.errors, method, margin=declared.margin, family=family)
+        yield Pair(a.name, b.name, found, method == declared.method)
+    of_a, of_b = _bits(a, records), _bits(b, records)
+    if of_a is not None and of_b is not None and of_a.shape[1] == of_b.shape[1]:
+        yield Pair(a.name, b.name, difference_over_images(of_a, of_b, margin=declared.margin, family=family), False)
+
+
+def _bits(arm: ArmResult, records: Records) -> np.ndarray | None:
+    """(seeds, validation images) of the reported runs, right or wrong; None unless all that have an error kept them, of the same images."""
+    rows = records.trials[records.trials.trial_id.isin(arm.trial_ids)]
+    errors = {str(i): arm.errors.get(int(seed), math.nan) for i, seed in zip(rows.trial_id, rows.seed, strict=True)}
+    ids = [i for i, error in errors.items() if math.isfinite(error)]
+    if not ids or any(math.isinf(error) for error in errors.values()):
+        return None
+    try:
+        found = [correct(records.store.trial(records.study.name, i), "val") for i in ids]
+    except BadInput:
+        return None
+    there = [bits for bits in found if bits is not None]
+    agree = all(abs(100 * (1 - bits.mean()) - errors[i]) < 1e-6 for i, bits in zip(ids, found, strict=True) if bits is not None)
+    return np.stack(there) if len(there) == len(ids) and agree and len({len(bits) for bits in there}) == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------- an arm
@@ -117,7 +157,9 @@ def errors_by_seed(rows: pd.DataFrame, metric: str = VALIDATION) -> dict[int, fl
 
 def _arm(name: str, rows: pd.DataFrame, phase: str, records: Records) -> ArmResult:
     failed, diverged = rows.state.isin(FAILED), rows.state == "diverged"
-    finished = (rows.state == "finished") & rows[VALIDATION].map(math.isfinite)
+    # a point of the search is not evaluated on the validation split where finalists are
+    answer = rows[VALIDATION].where(rows.phase == phase, rows[HOLDOUT])
+    finished = (rows.state == "finished") & answer.map(math.isfinite)
     missing = ~(failed | diverged | finished)
     in_phase = rows[rows.phase == phase]
     best, candidates, notes = _best(in_phase)
@@ -142,6 +184,7 @@ def _arm(name: str, rows: pd.DataFrame, phase: str, records: Records) -> ArmResu
         candidates=candidates,
         configuration=best,
         parameters=_parameters(name, chosen, records),
+        at_edge=tuple(_at_edge(name, chosen, records)),
         trial_ids=tuple(chosen.trial_id),
         best_trial_id=next((i for i, seed in zip(chosen.trial_id, chosen.seed, strict=True) if seed == best_seed), None),
         errors=errors,
@@ -199,21 +242,40 @@ def _seed_notes(chosen: pd.DataFrame, errors: Mapping[int, float]) -> list[str]:
     return out
 
 
+def _reported(chosen: pd.DataFrame, records: Records) -> Trial | None:
+    return records.configs.get(chosen.trial_id.iloc[0]) if len(chosen) else None
+
+
 def _parameters(name: str, chosen: pd.DataFrame, records: Records) -> dict[str, Any]:
     """The searched values of the chosen configuration; of an arm that searches nothing, its learning rate and decay."""
-    keys = list(records.study.study.arms[name].space) or ["optimizer.lr", "decay.weight_decay"]
-    if chosen.empty:
+    arm, trial = records.study.study.arms[name], _reported(chosen, records)
+    if trial is None:
         return {}
-    row = chosen.iloc[:1].to_dict("records")[0]
-    return {key: row[key] for key in keys if row.get(key) is not None and row[key] == row[key]}
+    fixed = {"optimizer.lr": trial.optimizer.lr, "decay.weight_decay": getattr(trial.decay, "weight_decay", None)}
+    values = axis_values(arm, trial) or fixed
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _at_edge(name: str, chosen: pd.DataFrame, records: Records) -> Iterator[str]:
+    """Where the best point says that the box was too small, axis by axis."""
+    arm, trial = records.study.study.arms[name], _reported(chosen, records)
+    for key, value in axis_values(arm, trial).items() if trial is not None else ():
+        axis = arm.space[key]
+        if isinstance(axis, Choice):
+            continue
+        (low, high), scale = (axis.log_uniform, math.log) if isinstance(axis, LogUniform) else (axis.uniform, float)
+        place = (scale(value) - scale(low)) / (scale(high) - scale(low))
+        if not OUTER <= place <= 1 - OUTER:
+            yield f"{key} {value:g} lies in the outer tenth of {low:g} to {high:g}"
 
 
 # ----------------------------------------------------------------------------------------------------- flags
 
 
-def _flags(records: Records, arms: tuple[ArmResult, ...]) -> Iterator[str]:
+def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterator[str]:
     table = records.trials[records.trials.planned]
     yield from _unequal_budgets(table)
+    yield from _unequal_spaces(records.study.study.arms)
     yield from _mixed(records)
     for arm in arms:
         parts = {"failed": arm.failed, "diverged": arm.diverged, "missing": arm.missing - arm.pending, "pending": arm.pending}
@@ -222,11 +284,13 @@ def _flags(records: Records, arms: tuple[ArmResult, ...]) -> Iterator[str]:
             yield f"{arm.name}: {arm.planned - arm.finished} of {arm.planned} planned trials have no result ({lost})"
         for note in arm.notes:
             yield f"{arm.name}: {note}"
+        if arm.at_edge:
+            yield f"{arm.name}: box too small: {'; '.join(arm.at_edge)}"
     left_over = records.trials[~records.trials.planned]
     if len(left_over):
         yield f"{len(left_over)} trials in the store are not of the study as it stands now; they count nowhere"
-    if len(arms) > 2:
-        yield f"{math.comb(len(arms), 2)} pairs of arms are compared; the intervals are not adjusted for that"
+    if family > 1:
+        yield f"{family} pairs of arms are judged together: the verdicts go by intervals that are widened for that (Bonferroni)"
 
 
 def _unequal_budgets(table: pd.DataFrame) -> Iterator[str]:
@@ -244,6 +308,16 @@ def _unequal_budgets(table: pd.DataFrame) -> Iterator[str]:
     ended = search.state.isin(["finished", "diverged"]).groupby(search.arm, sort=False).sum().to_dict()
     if len(set(points.values())) == 1 and len(set(ended.values())) > 1:
         yield "unequal search: trials that finished or diverged: " + ", ".join(f"{arm} {n}" for arm, n in ended.items())
+
+
+def _unequal_spaces(arms: Mapping[str, Arm]) -> Iterator[str]:
+    """Searches of another number of dimensions, and decay that spares norms and biases in one arm only."""
+    dimensions = {name: len(arm.space) for name, arm in arms.items()}
+    if len({n for n in dimensions.values() if n}) > 1:
+        yield "unequal search: dimensions: " + ", ".join(f"{name} {n}" for name, n in dimensions.items())
+    spared = {name: bool(arm.decay.get("exempt_1d", False)) for name, arm in arms.items() if arm.decay.get("name") != "none"}
+    if len(set(spared.values())) > 1:
+        yield "decay.exempt_1d differs between the arms: " + ", ".join(f"{name} {str(value).lower()}" for name, value in spared.items())
 
 
 def _mixed(records: Records) -> Iterator[str]:
@@ -279,14 +353,17 @@ def sentence(pair: Pair, workload: WorkloadFile) -> str:
         why = re.sub(r"^[ab](?=: )", lambda side: {"a": a, "b": b}[side[0]], d.note)
         return f"{where}, {a} and {b} cannot be compared: {why}."
     seeds = f"{d.n} seeds common to both, paired" if d.method == "paired" else f"Welch, n = {d.n_a} and {d.n_b} seeds"
+    if d.family > 1 and d.simultaneous is not None:
+        seeds += f"; {interval(d.simultaneous)} together with the other {d.family - 1}"
     found = f"{a} − {b} = {signed(d.value)} points of error, 95 % interval {interval(d.interval)} ({seeds})"
     if d.verdict == "better":
         return f"{where}, {a} ended with a lower validation error than {b}: {found}."
     if d.verdict == "worse":
         return f"{where}, {a} ended with a higher validation error than {b}: {found}."
     if d.verdict == "equivalent":
-        return f"{where}, {a} and {b} are equivalent within ±{d.margin:g} points: {found}; the 90 % interval is {interval(d.interval90)}."
-    widest = max(abs(d.interval[0]), abs(d.interval[1]))
+        within = interval(d.simultaneous90 or d.interval90)
+        return f"{where}, {a} and {b} are equivalent within ±{d.margin:g} points: {found}; the 90 % interval is {within}."
+    widest = max(map(abs, d.simultaneous or d.interval))
     undecided = f"it is undecided whether {a} or {b} has the lower validation error"
     return f"{where}, {undecided}: {found}. Differences up to {widest:.2f} points remain possible."
 

@@ -229,9 +229,15 @@ def _differences(axes: Axes, comparison: Comparison) -> None:
             _instead(axes, place - 0.25, "no interval")
         if math.isfinite(d.value):
             half = [[d.value - d.interval[0]], [d.interval[1] - d.value]] if d.interval else None
-            filled = "#222222" if d.method == "welch" else "white"
+            filled = "#222222" if pair.declared else "white"
             axes.errorbar(d.value, place, xerr=half, fmt=look[pair.a].marker, color="#222222", markerfacecolor=filled, capsize=3)
-    _rows(axes, [f"{p.a} − {p.b}\n{p.difference.method.capitalize()}, n = {p.difference.n}" for p in comparison.pairs])
+    _rows(
+        axes,
+        [
+            f"{p.a} − {p.b}\n{p.difference.method[:1].upper()}{p.difference.method[1:].replace(' x ', ' × ')}, n = {p.difference.n}"
+            for p in comparison.pairs
+        ],
+    )
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -1.5 * margin), max(high, 1.5 * margin))
     axes.set_xlabel(f"Points of error (band: ±{margin:g})")

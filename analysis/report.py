@@ -126,6 +126,9 @@ def _figures(records: Records, comparison: Comparison) -> dict[str, Figure]:
 # --------------------------------------------------------------------------------------------------- tables
 
 
+METHOD_NAMES = {"welch": "Welch", "paired": "paired by seed", "seeds x images": "seeds × images"}
+
+
 def arms_table(comparison: Comparison) -> Table:
     rows = tuple(
         (
@@ -157,7 +160,7 @@ def pairs_table(comparison: Comparison) -> Table:
     rows = tuple(
         (
             f"{pair.a} − {pair.b}",
-            {"welch": "Welch", "paired": "paired by seed"}[pair.difference.method],
+            METHOD_NAMES[pair.difference.method] + (", declared" if pair.declared else ""),
             pair.difference.verdict,
             str(pair.difference.n) if pair.difference.method == "paired" else f"{pair.difference.n_a}, {pair.difference.n_b}",
             signed(pair.difference.value) if math.isfinite(pair.difference.value) else "—",
@@ -231,10 +234,10 @@ def _numbers(comparison: Comparison) -> pd.DataFrame:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """What may be said: a sentence a pair by Welch with the paired result beside it, the scope, and ImageNet."""
+    """What may be said: a sentence a pair by the declared method with the others beside it, the scope, and ImageNet."""
     said = []
     for pair in comparison.pairs:
-        if pair.difference.method == "welch":
+        if pair.declared:
             said.append(sentence(pair, comparison.workload))
         elif pair.difference.interval is not None:
             said.append(_beside(pair))
@@ -245,7 +248,12 @@ def _beside(pair: Pair) -> str:
     d = pair.difference
     correlation = f", seed correlation {d.correlation:.2f}".replace("-", "−") if d.correlation is not None else ""
     found = interval(d.interval) if d.interval else "none"
-    return f"Paired over the {d.n} seeds that both have{correlation}: {signed(d.value)} points, 95 % interval {found}, {d.verdict}."
+    how = {
+        "welch": f"By Welch's method, n = {d.n_a} and {d.n_b} seeds",
+        "paired": f"Paired over the {d.n} seeds that both have{correlation}",
+        "seeds x images": f"For other seeds and other images, n = {d.n_a} and {d.n_b} seeds",
+    }[d.method]
+    return f"{how}: {signed(d.value)} points, 95 % interval {found}, {d.verdict}."
 
 
 def protocol(records: Records, comparison: Comparison) -> list[str]:
@@ -316,8 +324,8 @@ def _latex(comparison: Comparison, tables: Sequence[Table]) -> str:
 # ----------------------------------------------------------------------------------------------------- HTML
 
 CAPTIONS = {
-    "result": "Left: each seed, the mean and its 95 % interval. Right: each difference with its 95 % interval, filled by Welch, open "
-    "paired; the band is the margin of equivalence.",
+    "result": "Left: each seed, the mean and its 95 % interval. Right: each difference with its 95 % interval, filled by the "
+    "study's declared method, open by others; the band is the margin of equivalence.",
     "error_by_epoch": "Validation error of the reported configurations by epoch, after every evaluation: mean over seeds, band from the "
     "lowest to the highest seed. Large markers: the end of a cycle.",
     "anytime": "Validation error of the answer at hand, the solution at the end of the last completed cycle (none before the first): "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from analysis.estimate.samples import MARGIN, Difference, Interval, judged
 
@@ -82,7 +82,7 @@ def gap(a: Mapping[str, Array] | pd.DataFrame, b: Mapping[str, Array] | pd.DataF
     value = float((inverse @ (design.T @ both.error.to_numpy()))[3])
 
     def at(level: float) -> Interval | None:
-        half = float(stats.t.ppf(0.5 + level / 2, n_a + n_b - 4)) * se
+        half = float(special.stdtrit(n_a + n_b - 4, 0.5 + level / 2)) * se
         return (value - half, value + half) if se > 0 else None
 
     return judged(at, value, n, method, margin)

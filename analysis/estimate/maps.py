@@ -54,8 +54,8 @@ class Decoupling:
 
 def decoupling_index(
     errors: Array | Sequence[Sequence[float]],
-    lr: Sequence[float],
-    weight_decay: Sequence[float],
+    lr: Sequence[float] | Array,
+    weight_decay: Sequence[float] | Array,
     *,
     rng: np.random.Generator,
     within: float = WITHIN,

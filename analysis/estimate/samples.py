@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 Interval = tuple[float, float]
 Sample = Mapping[int, float] | Sequence[float] | NDArray[np.float64] | pd.Series
@@ -127,6 +128,7 @@ def median(values: Sample, level: float = LEVEL) -> Estimate:
     return Estimate(value, None, (float(found[ranks[0]]), float(found[ranks[1]])), n - diverged, missing, diverged, level)
 
 
+@cache
 def between_ranks(n: int, q: float, level: float = LEVEL) -> tuple[int, int] | None:
     """Places (0-based, in ascending order) of two of n independent values that hold the q-quantile between them.
 
@@ -338,7 +340,7 @@ def sorted_out(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], int, i
 
 
 def _interval(value: float, se: float, df: float, level: float) -> Interval:
-    half = float(stats.t.ppf(0.5 + level / 2, df)) * se
+    half = float(special.stdtrit(df, 0.5 + level / 2)) * se
     return value - half, value + half
 
 

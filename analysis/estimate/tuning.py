@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from analysis.estimate.samples import LEVEL, MARGIN, Difference, Estimate, Interval, Sample, between_ranks, judged, series
 
@@ -161,8 +161,8 @@ def beats(a: Sample, b: Sample, budget: int, level: float = LEVEL) -> Estimate:
     if pairs < 2:
         return Estimate(value, None, None, pairs, level=level, note=UNCALIBRATED.format(budget=budget, n=points))
     tail, wins = (1 - level) / 2, value * pairs
-    low = float(stats.beta.ppf(tail, wins, pairs - wins + 1)) if wins > 0 else 0.0
-    high = float(stats.beta.isf(tail, wins + 1, pairs - wins)) if wins < pairs else 1.0
+    low = float(special.betaincinv(wins, pairs - wins + 1, tail)) if wins > 0 else 0.0
+    high = float(special.betainccinv(wins + 1, pairs - wins, tail)) if wins < pairs else 1.0
     return Estimate(value, None, (low, high), pairs, level=level)
 
 
