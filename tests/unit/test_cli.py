@@ -154,7 +154,7 @@ def test_plan_counts_the_gpu_hours_of_each_phase_once_a_step_is_measured(wrbench
     store = Store(tmp_path / "runs")
     loaded = write_study(store, STUDY | {"ranks": 2, "finalists": None})
     first = next(p.trial for p in planned(loaded, {}) if p.trial is not None)
-    write_trial(store, first, start={"world_size": 2})
+    write_trial(store, first)  # of two ranks
     code, out, _ = wrbench("study", "plan", loaded.source, "--json", "--store", store.root)
     (row,) = json.loads(out)["phases"]
     assert code == 0 and row["trials"] == 8
