@@ -70,7 +70,7 @@ class DataSet:
     decoded at start, else those that this process came across.
     """
 
-    def __init__(self, index: Index, data: Data, crops: bool, threads: int, test: Index | None) -> None:
+    def __init__(self, index: Index, data: Data, crops: bool, threads: int, test: Index | None = None) -> None:
         self.index, self._test = index, test
         self.threads = threads
         reader = Reader(index, data)

@@ -19,7 +19,8 @@ import torch
 
 from harness import checkpoint, journal, models, optim
 from harness.config import BadInput, Trial
-from harness.data import decode
+from harness.correct import correct
+from harness.data import decode, loader
 from harness.stopping import StopRequest
 from harness.store import Store, TrialFolder
 from harness.train import train
@@ -74,6 +75,58 @@ def test_a_trial_learns_and_its_record_is_whole(tmp_path: Path, mnist5k: Path) -
     before_the_next_save = [lines.index(("checkpoint", done)) < lines.index(("metrics", done + 34)) for done in (35, 70)]
     assert any(before_the_next_save), "committed while training went on"
     assert train(t, store)["attempts"] == 1, "a finished trial is not trained again"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_finalist_keeps_which_images_it_has_right_whatever_the_number_of_ranks(
+    tmp_path: Path, few: Path, mnist5k: Path, world: int
+) -> None:
+    """Bit by bit in the order of the index, as the kept weights say in one process; their mean is the metric, exactly."""
+    test = {"name": "digits", "path": str(mnist5k), "samples": 1000}
+    evaluation = {"log_every_steps": 1, "batch_size": 30, "train_eval_samples": 50, "every_epochs": 1, "test": test}
+    t = small(few, **ADAMW, phase="finalists", evaluation=evaluation, budget={"epochs": 3, "global_batch_size": 99})  # 7 x 3 steps
+    store = Store(tmp_path)
+    metrics = finish(t, store, world)["metrics"]
+    folder, points = store.trial(t.study, t.trial_id), history(store.trial(t.study, t.trial_id))
+    assert {step for metric, step in points if metric.startswith("test/")} == {20}, "once"
+    assert metrics["anytime/test_top1"] == metrics["test/top1"] and {"test/top5", "test/loss"} <= metrics.keys()
+    (start,) = journal.fold(journal.read(folder.journal)).starts
+    opened = loader.open_data(t.workload.data, test=t.evaluation.test)
+    assert {key: start[key] for key in ("data_sha256", "test_sha256")} == opened.sha256()
+    model = models.build(t.workload, 0)
+    model.load_state_dict(torch.load(folder.weights / "step-21.pt", weights_only=True))
+    model.eval()
+    for split, view in (("val", opened.val), ("test", opened.test)):
+        bits = correct(folder, split)
+        assert view is not None and bits is not None and bits.shape == (len(view),)
+        assert bits.mean() == metrics[f"{split}/top1"] == points[f"{split}/top1", 20]
+        ((images, labels),) = loader.eval_batches(view, 0, 1, 1000)
+        with torch.no_grad():
+            logits = model(images)
+        sure = (logits.topk(2).values.diff().abs() > 1e-4).flatten().numpy()  # where rounding does not decide
+        assert sure.mean() > 0.99 and 0.3 < bits.mean() < 1
+        assert (bits == (logits.argmax(1) == labels).numpy())[sure].all()
+        with np.load(folder.correct / f"{split}.npz", allow_pickle=False) as archive:
+            assert archive["step"] == 20
+
+
+def test_the_bits_are_those_of_the_answer_that_is_reported(tmp_path: Path, few: Path) -> None:
+    """A budget that cuts the last cycle: the answer is that of the cycle before, and so are the bits."""
+    t = small(few, **ADAMW, phase="finalists", budget={"epochs": 2, "global_batch_size": 100})  # cycles end after 3 and 9 steps of 14
+    metrics = train(t, store := Store(tmp_path))["metrics"]
+    bits = correct(store.trial(t.study, t.trial_id), "val")
+    assert bits is not None and bits.mean() == metrics["anytime/val_top1"] != metrics["val/top1"]
+
+
+def test_a_searched_point_is_not_validated(tmp_path: Path, few: Path, mnist5k: Path) -> None:
+    test = {"name": "digits", "path": str(mnist5k), "samples": 1000}
+    t = small(few, **ADAMW, evaluation={"batch_size": 100, "train_eval_samples": 50, "val": False, "test": test})
+    metrics = train(t, store := Store(tmp_path))["metrics"]
+    assert {"holdout/top1", "anytime/holdout_top1", "train_eval/loss"} <= metrics.keys()
+    assert not [name for name in metrics if "val/" in name.removeprefix("train_e") or "val_" in name or "test" in name]
+    folder = store.trial(t.study, t.trial_id)
+    assert not folder.correct.exists() and correct(folder, "val") is None
+    assert folder.state().state == "finished"
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 
 from harness import journal
 from harness.attempt import Attempt
 from harness.checkpoint import Superseded
+from harness.correct import correct, write
 from harness.data.index import CorruptSample
 from harness.data.loader import SUBSTITUTED_SHARE, Substitution
 from harness.dist import Ranks
@@ -48,6 +50,18 @@ def test_the_last_word_of_a_superseded_attempt_is_not_heard(tmp_path: Path, last
     assert not folder.result.exists()
     assert partial.exists(), "it tidies nothing away either"
     assert not folder.is_running()
+
+
+def test_a_superseded_attempt_leaves_the_bits_of_images_as_they_are(tmp_path: Path) -> None:
+    folder = TrialFolder(tmp_path)
+    newer = np.array([True, False, True])
+    with pytest.raises(Superseded), Attempt(trial(), folder, ALONE) as attempt:
+        attempt.keep_correct(4, "val", ~newer)
+        assert (correct(folder, "val") == ~newer).all()
+        folder.claim()
+        write(folder, "val", 4, newer)
+        attempt.keep_correct(4, "val", ~newer)
+    assert (correct(folder, "val") == newer).all()
 
 
 class _Contested(TrialFolder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,14 @@ def test_plan_as_json_starts_nothing(wrbench: Command, store: Path) -> None:
         "cycle_end_steps",
         "estimate_seconds",
     }
+    assert plan["phases"] == [
+        {"phase": "search", "trials": 8, "ranks": 2, "gpu_hours": None},
+        {"phase": "finalists", "trials": 6, "ranks": 2, "gpu_hours": None},
+    ]
+    assert [(row["seeds"], row["seed_sd"]) for row in plan["power"]] == [(3, 0.07), (3, 0.1), (3, 0.13)]
+    assert {key: round(value, 3) for key, value in plan["power"][1].items()} == {
+        "seeds": 3, "seed_sd": 0.1, "difference_unpaired": 0.307, "difference_paired": 0.462, "margin_unpaired": 0.174, "margin_paired": 0.238,
+    }  # fmt: skip
     for one in searched:
         assert (one["steps"], one["cycle_end_epochs"], one["cycle_end_steps"]) == (245, [1, 3, 7], [35, 105, 245])
         assert one["estimate_seconds"] is None
@@ -135,7 +144,33 @@ def test_plan_for_people_says_what_is_known_and_warns(wrbench: Command, store: P
     code, out, err = wrbench("study", "plan", "demo", "--set", "budget.epochs=6", "--set", "workload.data.path=nowhere", "--store", store)
     assert code == 0
     assert out.count("pending") == 6 and "not measured yet" in out
+    assert "finalists: 6 trials, GPU-hours of training: not measured yet" in out
+    assert "3 seeds an arm, points of error: the smallest difference found with 80% power (two-sided 5%)" in out
+    assert ["0.10", "0.31", "0.46", "0.17", "0.24"] in [line.split() for line in out.splitlines()]
     assert "budgets that end a cycle: 3 or 7" in err and "wrbench shards build" in err
+
+
+def test_plan_counts_the_gpu_hours_of_each_phase_once_a_step_is_measured(wrbench: Command, tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    loaded = write_study(store, STUDY | {"ranks": 2, "finalists": None})
+    first = next(p.trial for p in planned(loaded, {}) if p.trial is not None)
+    write_trial(store, first)  # of two ranks
+    code, out, _ = wrbench("study", "plan", loaded.source, "--json", "--store", store.root)
+    (row,) = json.loads(out)["phases"]
+    assert code == 0 and row["trials"] == 8
+    assert row["gpu_hours"] == pytest.approx(8 * 245 * 0.05 * 2 / 3600, rel=0.05)  # 0.05 s a step, two ranks
+    code, out, _ = wrbench("study", "plan", loaded.source, "--store", store.root)
+    assert code == 0 and "search: 8 trials, GPU-hours of training: 0.05" in out
+    assert "one seed a configuration: no difference can be told from chance" in out
+
+
+def test_plan_shows_the_axes_as_they_were_drawn(wrbench: Command, store: Path) -> None:
+    code, out, _ = wrbench("study", "plan", "mnist5k_adamwr_vs_sgdwr", "--store", store)
+    assert code == 0 and out.count("pending") == 144
+    line = next(line for line in out.splitlines() if " AdamWR-eps.narrow " in line)
+    assert re.search(
+        r"optimizer\.effective_lr [\d.]+, optimizer\.eps [\d.e-]+, optimizer\.one_minus_beta1 0\.\d+, decay\.weight_decay", line
+    )
 
 
 def test_dry_run_needs_no_data_and_writes_nothing(wrbench: Command, store: Path) -> None:

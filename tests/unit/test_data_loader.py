@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from harness import schedule
+from harness import config, schedule
 from harness.config import BadInput, Data
 from harness.data import loader, order, shards
 from harness.data.decode import decode
-from harness.data.index import CorruptSample, Index
+from harness.data.index import CorruptSample, Index, checked
 from tests import tars
 from tests.trials import trial as resolved
 
@@ -155,6 +155,39 @@ def test_evaluation_counts_every_sample_exactly_once(folder, mode, batch_size):
             assert (images.numpy() == np.stack(expected)).all()
             assert labels.tolist() == dataset.index.label[view.numbers].tolist()
             assert max(len(labels) for rank in ranks for _, labels in rank) <= batch_size
+
+
+@MODES
+def test_a_further_test_set_is_the_val_shards_of_another_folder(folder, tmp_path, mode):
+    tars.write(tmp_path / "v2/val-000000.tar", tars.digits("w", 10, 3))
+    shards.index_shards(tmp_path / "v2")
+    test = config.TestSet(name="v2", path=tmp_path / "v2", samples=10)
+    dataset = loader.open_data(data(folder), test=test)
+    assert (len(dataset.val), len(dataset.test), dataset.val.is_decoded, dataset.test.is_decoded) == (25, 10, *2 * [mode == "decoded"])
+    index = Index.load(test.path)
+    assert dataset.sha256() == {"data_sha256": dataset.index.sha256, "test_sha256": index.sha256}
+    ((images, labels),) = loader.eval_batches(dataset.test, 0, 1, 100)
+    assert (images.numpy() == np.stack([decode(_content(index, number), 1) for number in range(10)])).all()
+    assert labels.tolist() == [i % tars.CLASSES for i in range(10)]
+    assert loader.open_data(data(folder)).test is None
+
+
+def test_a_test_set_that_is_not_as_described_is_refused(folder, tmp_path):
+    tars.write(
+        tmp_path / "v2/val-000000.tar", [*tars.digits("w", 10, 3), ("odd", {"png": tars.digits("o", 1, 4)[0][1]["png"], "cls": b"7"})]
+    )
+    shards.index_shards(tmp_path / "v2")
+    test = config.TestSet(name="v2", path=tmp_path / "v2", samples=10)
+    said = one_line(checked, data(folder), test.model_copy(update={"path": tmp_path / "nowhere"}))
+    assert said.startswith(f"{tmp_path / 'nowhere'}: no such folder") and said.endswith("or set evaluation.test.path")
+    with pytest.raises(BadInput) as error:
+        checked(data(folder), test)
+    many, label = str(error.value).splitlines()
+    assert many == f"evaluation.test.samples: 10, but {tmp_path / 'v2'} holds 11 val samples; write 11, or another path"
+    assert "sample odd: label 7 is outside 0..3" in label
+    (tmp_path / "v2/val-000000.tar").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"val-000000\.tar: truncated"):
+        checked(data(folder), test)
 
 
 def _content(index, number):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,199 @@ def test_a_budget_that_cuts_a_cycle_is_warned_of() -> None:
     lines = study.warnings(study.load(DEMO, ["budget.epochs=5"]))
     assert lines[0] == "budget.epochs: 5 cuts cycle 3 of AdamWR, which ends at epoch 7; budgets that end a cycle: 3 or 7"
     assert len(lines) == 2
+
+
+def test_the_ids_of_the_demo_stay() -> None:
+    assert ids(DEMO) == {
+        "AdamWR": ["15b61228cf3e", "4fa99a6fa96a", "f7538a48916f", "b19ed5703e22"],
+        "SGDWR": ["29bdeca72c7d", "8e941319072c", "393d1e46c51c", "3f23c9a54bed"],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ boxes
+
+PROTOCOL = Path("configs/study/mnist5k_adamwr_vs_sgdwr.yaml")
+
+
+def test_each_box_is_an_arm_of_its_own() -> None:
+    loaded = study.load(PROTOCOL)
+    assert list(loaded.study.arms) == [f"{arm}.{box}" for arm in ("AdamWR", "AdamWR-eps", "SGDWR") for box in ("narrow", "broad")]
+    trials = [p.trial for p in study.planned(loaded, {}) if p.trial]
+    assert Counter(t.arm for t in trials) == dict.fromkeys(loaded.study.arms, 16)
+    assert len({t.trial_id for t in trials}) == 96, "each box draws points of its own"
+    for t in trials:
+        (low, high), value = loaded.study.arms[t.arm].space["decay.weight_decay"].log_uniform, t.decay.weight_decay
+        assert low <= value <= high
+    assert max(t.decay.weight_decay for t in trials if t.arm == "SGDWR.broad") > 0.4, "the broad box is broad"
+
+
+def test_a_box_is_overridden_where_it_is_written() -> None:
+    loaded = study.load(PROTOCOL, ["arms.SGDWR.boxes.broad.optimizer.lr.log_uniform=[7, 8]"])
+    rates = [p.trial.optimizer.lr for p in study.planned(loaded, {}) if p.trial and p.arm == "SGDWR.broad"]
+    assert 7 <= min(rates) < max(rates) <= 8
+
+
+def test_a_study_with_boxes_is_stored_as_it_is_read(tmp_path: Path) -> None:
+    loaded = study.load(PROTOCOL)
+    (tmp_path / "study.yaml").write_text(loaded.text())
+    again = study.load(tmp_path / "study.yaml")
+    assert again.study.analysis == loaded.study.analysis
+    assert {name: arm.model_dump() for name, arm in again.study.arms.items()} == {
+        n: arm.model_dump() for n, arm in loaded.study.arms.items()
+    }
+    assert [p.trial and p.trial.trial_id for p in study.planned(again, {})] == [
+        p.trial and p.trial.trial_id for p in study.planned(loaded, {})
+    ]
+
+
+def pairs(*arms: str, boxes: dict[str, tuple[str, ...]] | None = None, declared: list[list[str]] | None = None) -> list[str]:
+    """The comparisons of a study of plain arms and of arms with boxes."""
+    plain = {name: {"optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"name": "cosine"}} for name in arms}
+    boxed = {
+        name: {"optimizer": {"name": "sgd"}, "schedule": {"name": "cosine"}, "boxes": {b: {"optimizer.lr": {"choice": [1]}} for b in found}}
+        for name, found in (boxes or {}).items()
+    }
+    document = {"name": "s", "workload": "w", "arms": plain | boxed} | ({"analysis": {"comparisons": declared}} if declared else {})
+    return [f"{a} {b}" for a, b in config.parse(config.Study, document, "s").analysis.comparisons or ()]
+
+
+def test_what_is_compared() -> None:
+    both = ("narrow", "broad")
+    assert pairs("A", "B", "C0.9") == ["A B", "A C0.9", "B C0.9"]
+    assert pairs(boxes={"A": both, "B": both}) == ["A.narrow B.narrow", "A.broad B.broad"]
+    assert pairs(boxes={"A": both, "B": ("broad",)}) == ["A.broad B.broad"]
+    assert pairs("P", boxes={"A": both}) == ["P A.narrow", "P A.broad"]
+    assert pairs("P", "Q", boxes={"A": both}, declared=[["Q", "P"], ["A", "P"]]) == ["Q P", "A.narrow P", "A.broad P"]
+    assert pairs(boxes={"A": both, "B": both}, declared=[["A.broad", "A.narrow"]]) == ["A.broad A.narrow"]
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        (["arms.SGDWR.space.optimizer.lr.log_uniform=[1,2]"], "arms.SGDWR.space: stands beside boxes narrow, broad; write its axes"),
+        (["arms.SGDWR.boxes.broad={}"], "arms.SGDWR.boxes.broad: has no axes; e.g."),
+        (["arms.SGDWR.boxes.broad.schedule.t_0.uniform=[1,2]"], "arms.SGDWR.boxes.narrow: lacks schedule.t_0, an axis of broad"),
+        (["arms.SGDWR.boxes.wide={}"], "arms.SGDWR.boxes.wide: has no axes"),
+        (["arms.SGDWR.boxes.broad.optimizer.lr.log=1"], "arms.SGDWR.boxes.broad.optimizer.lr.log: unknown key; valid: log_uniform, num"),
+        (["arms.SGDWR.boxes.broad.optimizer.lr.log_uniform=[2,1]"], "arms.SGDWR.boxes.broad.optimizer.lr.log_uniform: low 2 must be below high 1"),
+        (["arms.SGDWR.decay.weight_decay=1"], "arms.SGDWR.decay.weight_decay: 1 is fixed and also an axis of boxes.narrow"),
+        (["arms.SGDWR.boxes.narrow.schedule.t_0.uniform=[90,99]", "arms.SGDWR.boxes.broad.schedule.t_0.choice=[-1]"], "arms.SGDWR.schedule.t_0: 1 is fixed"),
+        (["arms.SGDWR.boxes.narrow.optimizer.foo.uniform=[1,2]", "arms.SGDWR.boxes.broad.optimizer.foo.uniform=[1,2]"], "arms.SGDWR.boxes.narrow.optimizer.foo: unknown key; valid: lr"),
+        (["arms.SGDWR.optimizer.foo=1"], "arms.SGDWR.optimizer.foo: unknown key; valid: lr"),
+        (["sampler.name=grid", "search.points=null"], "arms.AdamWR.boxes.narrow.decay.weight_decay.num: missing; sampler grid needs"),
+        (["analysis.comparisons=[[AdamWR, SGD]]"], "analysis.comparisons: 'SGD' is no arm; valid: AdamWR.narrow"),
+        (["analysis.comparisons=[[AdamWR, AdamWR]]"], "analysis.comparisons: [AdamWR, AdamWR] is an arm and itself; name two of"),
+        (["analysis.comparisons=[[AdamWR, SGDWR], [SGDWR.broad, AdamWR.broad]]"], "analysis.comparisons: SGDWR.broad against AdamWR.broad is there twice"),
+        (["analysis.method=anova"], "analysis.method: 'anova' must be 'welch' or 'paired'"),
+        (["analysis.margin=0"], "analysis.margin: 0 must be greater than 0; e.g. 0.2"),
+        (["evaluation.test={name: v2, path: there}"], "evaluation.test.samples: missing; e.g. 10000"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_boxes_and_comparisons_are_named_where_they_are_written(over: list[str], message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        study.load(PROTOCOL, over)
+    assert message in str(error.value).splitlines()[0], str(error.value)
+
+
+def test_a_box_that_bears_the_name_of_an_arm_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"arms\.A\.narrow: is also a box of A; give it another name"):
+        pairs("A.narrow", boxes={"A": ("narrow",)})
+    with pytest.raises(BadInput, match=r"analysis\.comparisons: \[A, B\] share no box; name two of A\.narrow, B\.broad"):
+        pairs(boxes={"A": ("narrow",), "B": ("broad",)}, declared=[["A", "B"]])
+
+
+# ----------------------------------------------------------------------------------------------- derived axes
+
+
+@pytest.mark.parametrize("box", ["narrow", "broad"])
+@pytest.mark.parametrize("name", ["AdamWR", "AdamWR-eps", "SGDWR"])
+def test_the_point_of_a_trial_is_found_again_to_the_last_digit(name: str, box: str) -> None:
+    loaded = study.load(PROTOCOL, ["search.points=256"])
+    arm = loaded.study.arms[f"{name}.{box}"]
+    for point in study.points(f"{name}.{box}", arm, loaded.study):
+        trial = study.resolve(loaded, f"{name}.{box}", point, "search", 0)
+        assert study.axis_values(arm, trial) == point
+
+
+def test_derived_axes_are_the_fields_that_the_paper_names() -> None:
+    loaded = study.load(PROTOCOL, ["arms.AdamWR-eps.optimizer.betas=[null, 0.99]"])
+    for p in study.planned(loaded, {}):
+        if p.trial is None:
+            continue
+        point, optimizer = study.axis_values(loaded.study.arms[p.arm], p.trial), p.trial.optimizer
+        beta1 = optimizer.betas[0] if optimizer.name == "adam" else optimizer.momentum
+        assert beta1 == pytest.approx(1 - point["optimizer.one_minus_beta1"], abs=1e-15)
+        if optimizer.name == "adam":
+            assert optimizer.betas[1] == (0.99 if p.arm.startswith("AdamWR-eps") else 0.999)
+        if "optimizer.effective_lr" in point:
+            assert optimizer.eps == point["optimizer.eps"]
+            assert optimizer.lr == pytest.approx(point["optimizer.effective_lr"] * (optimizer.eps + 0.001), rel=1e-11)
+
+
+def test_the_effective_rate_takes_eps_from_the_arm_or_its_default(demo: dict[str, Any], tmp_path: Path) -> None:
+    arm = demo["arms"]["AdamWR"]
+    arm |= {"gradient_scale": 0.25, "space": {"optimizer.effective_lr": {"choice": [0.5]}}, "decay": {"name": "none"}}
+    rate = lambda: study.planned(study.load(written(tmp_path, demo)), {})[0].trial.optimizer.lr  # type: ignore[union-attr]  # noqa: E731
+    demo["search"]["points"] = 1
+    assert rate() == 0.5 * (1e-8 + 0.25)
+    arm["optimizer"]["eps"] = "1e-1"  # YAML reads 1e-1 as text
+    assert rate() == pytest.approx(0.5 * 0.35, rel=1e-12)
+    arm["optimizer"]["eps"] = "small"
+    with pytest.raises(BadInput, match=r"arms\.AdamWR\.optimizer\.eps: 'small' must be a number; e\.g\. 1e-08"):
+        rate()
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ("arms.SGDWR.optimizer.momentum=0.9", "arms.SGDWR.optimizer.momentum: 0.9 is fixed and also set by the axis optimizer.one_minus_beta1; remove"),
+        ("arms.AdamWR.optimizer.betas=[0.9, 0.99]", "arms.AdamWR.optimizer.betas: [0.9, 0.99] is fixed and also set by the axis optimizer.one_minus_beta1; write [null, beta2]"),
+        ("arms.AdamWR.optimizer.betas=[null, 1.5]", "arms.AdamWR.optimizer.betas.1: 1.5 must be less than 1"),
+        ("arms.AdamWR-eps.optimizer.lr=0.1", "arms.AdamWR-eps.optimizer.lr: 0.1 is fixed and also set by the axis optimizer.effective_lr"),
+        ("arms.AdamWR-eps.boxes.narrow.optimizer.lr.choice=[1]", "arms.AdamWR-eps.boxes.broad: lacks optimizer.lr"),
+        ("arms.AdamWR-eps.gradient_scale=null", "arms.AdamWR-eps.gradient_scale: missing; the axis optimizer.effective_lr needs it"),
+        ("arms.AdamWR-eps.gradient_scale=0", "arms.AdamWR-eps.gradient_scale: 0 must be greater than 0; e.g. 0.001"),
+        ("arms.SGDWR.gradient_scale=0.1", "arms.SGDWR.gradient_scale: 0.1 has no meaning without the axis optimizer.effective_lr"),
+        ("arms.AdamWR-eps.optimizer.name=sgd", "arms.AdamWR-eps.boxes.narrow.optimizer.effective_lr: is of adam, which has eps, not of 'sgd'"),
+        ("arms.SGDWR.boxes.broad.optimizer.one_minus_beta1.log_uniform=[0.1,2]", "arms.SGDWR.boxes.broad.optimizer.one_minus_beta1: 2.0 must be a number above 0 and at most 1"),
+        ("arms.SGDWR.boxes.broad.optimizer.one_minus_beta1={choice: [high]}", "arms.SGDWR.boxes.broad.optimizer.one_minus_beta1: 'high' must be a number"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_derived_axes(over: str, message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        study.load(PROTOCOL, [over])
+    assert message in str(error.value).splitlines()[0], str(error.value)
+
+
+def test_two_axes_for_one_field_are_refused(demo: dict[str, Any], tmp_path: Path) -> None:
+    space = {"optimizer.momentum": {"choice": [0.9]}, "optimizer.one_minus_beta1": {"choice": [0.1]}}
+    demo["arms"]["SGDWR"] |= {"optimizer": {"name": "sgd", "lr": 0.1}, "space": space}
+    with pytest.raises(BadInput, match=r"arms\.SGDWR\.space\.optimizer\.one_minus_beta1: sets optimizer\.momentum, which is an axis too"):
+        study.load(written(tmp_path, demo))
+
+
+# ----------------------------------------------------------------------------------------------------- phases
+
+
+def test_only_finalists_see_the_validation_split() -> None:
+    loaded = study.load(DEMO)
+    search = [p.trial for p in study.planned(loaded, {}) if p.trial]
+    everything = study.planned(loaded, {t.trial_id: 0.5 for t in search})
+    assert [(p.phase, p.trial.evaluation.val) for p in everything if p.trial] == [(p.phase, p.phase == "finalists") for p in everything]
+    assert {p.phase for p in everything} == {"search", "finalists"}
+    alone = study.planned(study.load(DEMO, ["finalists=null"]), {})
+    assert all(p.trial and p.trial.evaluation.val for p in alone), "without finalists the search is what is reported"
+    assert [p.trial.trial_id for p in alone if p.trial] == [t.trial_id for t in search]
+    unseen = study.planned(study.load(DEMO, ["finalists=null", "evaluation.val=false"]), {})
+    assert not any(p.trial and p.trial.evaluation.val for p in unseen)
+
+
+def test_a_test_set_changes_no_id_and_is_for_finalists() -> None:
+    test = "evaluation.test={name: v2, path: there, samples: 9}"
+    loaded = study.load(DEMO, [test])
+    assert ids(DEMO) == ids(DEMO, test)
+    assert loaded.workload.evaluation.test is not None and loaded.workload.evaluation.test.path == Path("there").absolute()
+    assert study.warnings(loaded) == []
+    assert study.warnings(study.load(DEMO, [test, "finalists=null"]))[0].startswith(
+        "evaluation.test: v2 is for finalists, of which there are none"
+    )
