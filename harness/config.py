@@ -179,6 +179,13 @@ class Recipe(Frozen):
     shuffle: Shuffle | None = Field(
         None, description="null: every order of all samples has the same chance", examples=[{"block": 1024, "blocks": 16}]
     )
+    label_noise: Number = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the training images whose label is another class than theirs, the same in every epoch, seed and arm",
+        examples=[0.2],
+    )
     translate: Whole = Field(0, ge=0, le=64, description="random shift of each training image, +- pixels, zero filled", examples=[2])
     flip: bool = Field(False, description="random horizontal flip of each training image")
     augment: Annotated[RandAugment | TrivialAugment, Field(discriminator="name")] | None = Field(

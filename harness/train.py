@@ -39,7 +39,8 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
     ):
         recipe = trial.workload.recipe
         test = trial.evaluation.test if trial.phase == "finalists" else None
-        data = loader.open_data(trial.workload.data, crops=recipe.crop is not None or recipe.augment is not None, test=test)
+        crops = recipe.crop is not None or recipe.augment is not None
+        data = loader.open_data(trial.workload.data, crops, test=test, label_noise=recipe.label_noise)
         worker = engine.build(trial, ranks)
         resumed = attempt.resume(worker, **data.sha256())
         clock, answer = Clock(resumed.train_seconds, resumed.wait_seconds, ranks.device), resumed.answer

@@ -46,6 +46,8 @@ OPEN_FILES = 1024
 """beside those of shards"""
 TOGETHER_BYTES = 1 << 18
 """pixels of small batches that are put together at once: a call of numpy costs more than a digit's copy"""
+MISLABELLED = 6
+"""first word of the seeds that choose wrong labels, so that they share no stream with another choice"""
 AHEAD = 4
 """batches that may be ready before they are asked for"""
 PART = 8
@@ -70,7 +72,7 @@ class DataSet:
     decoded at start, else those that this process came across.
     """
 
-    def __init__(self, index: Index, data: Data, crops: bool, threads: int, test: Index | None = None) -> None:
+    def __init__(self, index: Index, data: Data, crops: bool, threads: int, test: Index | None = None, label_noise: float = 0.0) -> None:
         self.index, self._test = index, test
         self.threads = threads
         reader = Reader(index, data)
@@ -80,7 +82,7 @@ class DataSet:
         self.shape = (data.channels, data.image_size, data.image_size)
         """of one image in a batch"""
         view = partial(View, shape=self.shape, threads=threads)
-        self.train = view(trained, load)
+        self.train = view(trained, Mislabelled(load, data.num_classes, label_noise) if label_noise else load)
         self.holdout = view(index.holdout(data), reader)
         self.val = view(index.val(), reader)
         self.test = view(test.val(), Reader(test, data)) if test is not None else None
@@ -121,11 +123,14 @@ def _may_be_open(shards: int) -> int:
     return min(shards, max(128, allowed - OPEN_FILES)) or 1
 
 
-def open_data(data: Data, crops: bool = False, threads: int | None = None, test: TestSet | None = None) -> DataSet:
+def open_data(
+    data: Data, crops: bool = False, threads: int | None = None, test: TestSet | None = None, label_noise: float = 0.0
+) -> DataSet:
     """Index and shards of `data`, and of a further `test` set, checked; decoded too when they fit in memory.
 
     crops: training sees other parts of its images every epoch, so that these are not decoded at start. threads: that read,
-    0 for the caller's own, default threads_of_a_rank(); batches do not depend on it.
+    0 for the caller's own, default threads_of_a_rank(); batches do not depend on it. label_noise: the share of training
+    images with a wrong label, also behind train_eval/loss.
 
     Raises BadInput, a line a mistake: no index, missing or truncated shards, other counts or classes than `data` says.
     Raises CorruptSample, naming shard and key: a sample whose crc32 is wrong, that does not decode, whose size is not
@@ -134,7 +139,7 @@ def open_data(data: Data, crops: bool = False, threads: int | None = None, test:
     every reported sample is counted exactly once.
     """
     index, further = checked(data, test)
-    return DataSet(index, data, crops, threads_of_a_rank() if threads is None else threads, further)
+    return DataSet(index, data, crops, threads_of_a_rank() if threads is None else threads, further, label_noise)
 
 
 # ------------------------------------------------------------------------------------------- reading samples
@@ -142,6 +147,20 @@ def open_data(data: Data, crops: bool = False, threads: int | None = None, test:
 
 Load = Callable[[int, torch.Tensor, Choose | None], int]
 """(number, out (1, channels, image_size, image_size) uint8, box or None: as in evaluation) -> label; the image is then in `out`"""
+
+
+@dataclass(frozen=True)
+class Mislabelled:
+    """Reads as `load` does, but a share of the samples has another class than theirs: a function of the sample's number alone."""
+
+    load: Load
+    num_classes: int
+    share: float
+
+    def __call__(self, number: int, out: torch.Tensor, choose: Choose | None = None) -> int:
+        label = self.load(number, out, choose)
+        rng = np.random.default_rng([MISLABELLED, number])
+        return (label + int(rng.integers(1, self.num_classes))) % self.num_classes if rng.random() < self.share else label
 
 
 class Reader:
