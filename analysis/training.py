@@ -124,17 +124,30 @@ def _curves(records: Records, arm: ArmResult) -> dict[int, tuple[np.ndarray, np.
     return out
 
 
-def gaps(records: Records, comparison: Comparison) -> tuple[Gap, ...]:
-    """The generalisation gap of each comparison over the points of both searches, the answer of the last completed cycle."""
+@dataclass(frozen=True)
+class LossPoints:
+    """Each searched configuration at the end of its budget, the mean over its seeds."""
+
+    table: pd.DataFrame
+    """arm, loss (train_eval/loss), error (points)"""
+    split: str
+    """of the error: validation, or holdout where the study has finalists"""
+
+
+def loss_points(records: Records) -> LossPoints:
     table = records.trials
     rows = table[table.planned & (table.phase == "search") & (table.state == "finished")]
     metric, split = (HOLDOUT, "holdout") if records.study.study.finalists else (VALIDATION, "validation")
-    if "train_eval/loss" not in rows:
-        return ()
-    points = pd.DataFrame({"arm": rows.arm, "loss": rows["train_eval/loss"], "error": 100 * (1 - rows[metric]), "config": rows.config})
-    points = points.groupby(["arm", "config"], as_index=False)[["loss", "error"]].mean()  # a configuration counts once, whatever its seeds
-    margin = records.study.study.analysis.margin
-    return tuple(Gap(p.a, p.b, split, gap(points[points.arm == p.a], points[points.arm == p.b], margin=margin)) for p in comparison.judged)
+    loss = rows["train_eval/loss"] if "train_eval/loss" in rows else math.nan
+    points = pd.DataFrame({"arm": rows.arm, "loss": loss, "error": 100 * (1 - rows[metric]), "config": rows.config})
+    return LossPoints(points.groupby(["arm", "config"], as_index=False)[["loss", "error"]].mean(), split)
+
+
+def gaps(records: Records, comparison: Comparison, points: LossPoints) -> tuple[Gap, ...]:
+    """The generalisation gap of each comparison over the points of both searches."""
+    margin, of = records.study.study.analysis.margin, dict(list(points.table.groupby("arm")))
+    none = points.table.iloc[:0]
+    return tuple(Gap(p.a, p.b, points.split, gap(of.get(p.a, none), of.get(p.b, none), margin=margin)) for p in comparison.judged)
 
 
 def costs(records: Records) -> tuple[Cost, ...]:

@@ -1,0 +1,129 @@
+"""The reviewer's three questions -> a paragraph each, of what this study's intervals allow to say and what is missing for the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from analysis.compare import ArmResult, Comparison, Pair, sentence, signed
+from analysis.maps import Map
+from analysis.runs import Records
+from analysis.searches import Duel, Searches
+from harness.config import Arm
+
+
+@dataclass(frozen=True)
+class Answer:
+    question: str
+    text: str
+
+
+def answers(records: Records, comparison: Comparison, searches: Searches, maps: Sequence[Map]) -> tuple[Answer, ...]:
+    arms = records.study.study.arms
+    return (
+        Answer("Does decoupled weight decay pay?", " ".join(_decoupling(arms, comparison, maps))),
+        Answer("Is Adam with decoupled decay behind SGD with it?", " ".join(_behind(arms, comparison))),
+        Answer("Is what remains only insufficient tuning?", " ".join(_tuning(arms, comparison, searches))),
+    )
+
+
+def _decoupling(arms: dict[str, Arm], comparison: Comparison, maps: Sequence[Map]) -> Iterator[str]:
+    pairs = [
+        pair
+        for pair in comparison.judged
+        if _optimizer(arms, pair.a) == _optimizer(arms, pair.b) and {_decay(arms, pair.a), _decay(arms, pair.b)} == {"decoupled", "l2"}
+    ]
+    yield from (sentence(pair, comparison.workload) for pair in pairs)
+    for m in maps:
+        if m.index.share_interval is not None:
+            low, high = m.index.share_interval
+            yield (
+                f"{m.arm}: {100 * m.index.share:.0f} % of the error's variation within {m.index.within:g} points of the best is interaction "
+                f"of learning rate and decay (95 % interval {100 * low:.0f} to {100 * high:.0f} %, n = {m.index.n} runs)"
+                + (
+                    f"; the best decay moves {signed(m.index.slope)} decades a decade of learning rate."
+                    if math.isfinite(m.index.slope)
+                    else "."
+                )
+            )
+        else:
+            yield f"{m.arm}: no decoupling index: {m.index.note}."
+    if not pairs and not maps:
+        yield (
+            "Not answered by this study: it compares no arm with decoupled decay to the same optimizer with L2, and has no map "
+            "over learning rate and decay (sampler grid over optimizer.lr and decay.weight_decay)."
+        )
+    elif not pairs:
+        yield "The errors of decoupled decay and L2 are not compared: no such pair is among the study's comparisons."
+    elif not maps:
+        yield "Whether learning rate and decay decouple is not measured: that needs a map (sampler grid over both)."
+
+
+def _behind(arms: dict[str, Arm], comparison: Comparison) -> Iterator[str]:
+    pairs = list(_adam_against_sgd(arms, comparison))
+    yield from (sentence(pair, comparison.workload) for pair in pairs)
+    if not pairs:
+        yield "Not answered by this study: it compares no Adam arm with decoupled decay to an SGD arm with it."
+
+
+def _tuning(arms: dict[str, Arm], comparison: Comparison, searches: Searches) -> Iterator[str]:
+    pairs = list(_adam_against_sgd(arms, comparison))
+    if not pairs:
+        yield "Not answered by this study: it compares no Adam arm with decoupled decay to an SGD arm with it."
+        return
+    for pair in pairs:
+        yield from _at_equal_budgets(pair, searches)
+    for wide, narrow in searches.nested:
+        duels = [d for d in searches.duels if (d.a, d.b) == (wide, narrow) and d.wins.interval is not None]
+        if duels:
+            yield f"{narrow} holds fixed what {wide} searches too: {_wins(duels[-1])}."
+    named = dict.fromkeys(name for pair in pairs for name in (pair.a, pair.b))
+    yield from _reach(arms, [comparison.arm(name) for name in named], searches)
+
+
+def _at_equal_budgets(pair: Pair, searches: Searches) -> Iterator[str]:
+    duels = [duel for duel in searches.duels if (duel.a, duel.b) == (pair.a, pair.b) and duel.wins.interval is not None]
+    if not duels:
+        yield f"{pair.a} and {pair.b} cannot be compared at equal tuning budgets: that needs a search of several points in both."
+        return
+    first = searches.noninferior.get((pair.a, pair.b))
+    margin = duels[0].difference.margin
+    shown = f"from {first} trials on" if first else "at no budget that the points carry an interval for"
+    yield f"Tuned with equal budgets, {_wins(duels[-1])}; by holdout error {pair.a} is shown at most {margin:g} points behind {shown}."
+
+
+def _wins(duel: Duel) -> str:
+    low, high = duel.wins.interval or (math.nan, math.nan)
+    return (
+        f"with {duel.budget} trial{'s' if duel.budget > 1 else ''} {duel.a} ends ahead of {duel.b} with probability {duel.wins.value:.2f} "
+        f"(95 % interval {low:.2f} to {high:.2f})"
+    )
+
+
+def _reach(arms: dict[str, Arm], named: Sequence[ArmResult], searches: Searches) -> Iterator[str]:
+    """Whether the search was wide enough to call an arm well tuned at all."""
+    edged = [arm.name for arm in named if arm.at_edge]
+    if edged:
+        yield f"The best point of {', '.join(edged)} lies at the edge of its box, so it cannot be called well tuned."
+    frozen = [arm.name for arm in named if _optimizer(arms, arm.name) == "adam" and not {"optimizer.eps"} & arms[arm.name].space.keys()]
+    if frozen:
+        yield (
+            f"{', '.join(frozen)} held eps fixed: momentum SGD is out of its reach, so that the argument that the more general "
+            "optimizer cannot lose (Choi et al.) does not apply to it."
+        )
+
+
+def _adam_against_sgd(arms: dict[str, Arm], comparison: Comparison) -> Iterator[Pair]:
+    for pair in comparison.judged:
+        decays = {_decay(arms, pair.a), _decay(arms, pair.b)}
+        if {_optimizer(arms, pair.a), _optimizer(arms, pair.b)} == {"adam", "sgd"} and decays == {"decoupled"}:
+            yield pair
+
+
+def _optimizer(arms: dict[str, Arm], name: str) -> str:
+    return str(arms[name].optimizer.get("name"))
+
+
+def _decay(arms: dict[str, Arm], name: str) -> str:
+    return str(arms[name].decay.get("name"))
