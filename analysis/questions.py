@@ -37,10 +37,10 @@ def _decoupling(arms: dict[str, Arm], comparison: Comparison, maps: Sequence[Map
     yield from (sentence(pair, comparison.workload) for pair in pairs)
     for m in maps:
         if m.index.share_interval is not None:
-            low, high = m.index.share_interval
+            low, high = (100 * end for end in m.index.share_interval)
             yield (
-                f"{m.arm}: {100 * m.index.share:.0f} % of the error's variation within {m.index.within:g} points of the best is interaction "
-                f"of learning rate and decay (95 % interval {100 * low:.0f} to {100 * high:.0f} %, n = {m.index.n} runs)"
+                f"{m.arm}: {100 * m.index.share:.0f} % of the error's variation within {m.index.within:g} points of the best is "
+                f"interaction of learning rate and decay (95 % interval {low:.0f} to {high:.0f} %, n = {m.index.n} runs)"
                 + (
                     f"; the best decay moves {signed(m.index.slope)} decades a decade of learning rate."
                     if math.isfinite(m.index.slope)

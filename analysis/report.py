@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,25 +16,15 @@ from great_tables import GT
 from matplotlib.figure import Figure
 
 from analysis import figures
-from analysis.compare import ArmResult, Comparison, Pair, compare, interval, scope, sentence, signed
+from analysis.compare import Comparison, Pair, interval, scope, sentence, signed
+from analysis.findings import Findings, find
 from analysis.runs import Records, StudyName, read
+from analysis.tables import Table, finite, numbers, trials_table
 from harness import schedule
 from harness.store import write_atomically
 
 PAGE = Path(__file__).with_name("report.html")
 """The page's frame: a string.Template with its style sheet."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of finished text under their headings; the first `text_columns` are words, the others numbers."""
-
-    name: str
-    title: str
-    note: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    text_columns: int
 
 
 def report(study: StudyName, store: str | Path = "runs", tracking_uri: str | None = None, undelivered: Sequence[str] = ()) -> Path:
@@ -48,10 +36,10 @@ def report(study: StudyName, store: str | Path = "runs", tracking_uri: str | Non
     """
     records = read(study, store, tracking_uri)
     records.store.check_writable()
-    comparison = compare(records)
+    found = find(records)
+    comparison, tables = found.comparison, found.tables()
     complaints = [*undelivered, *(line for line in _complaints(records) if not any(u.startswith(line[:12]) for u in undelivered))]
-    tables = (arms_table(comparison), pairs_table(comparison))
-    drawn = _figures(records, comparison)
+    drawn = _figures(records, found)
     vectors = {name: figures.svg(figure) for name, figure in drawn.items()}
 
     folder = records.store.study(records.study.name) / "report"
@@ -59,17 +47,18 @@ def report(study: StudyName, store: str | Path = "runs", tracking_uri: str | Non
     for name, figure in drawn.items():
         (folder / f"{name}.png").write_bytes(figures.png(figure))
         (folder / f"{name}.svg").write_bytes(vectors[name])
-    write_atomically(folder / "table.md", _markdown(comparison, tables))
-    write_atomically(folder / "table.csv", _numbers(comparison).to_csv(index=False))
-    write_atomically(folder / "table.tex", _latex(comparison, tables))
-    write_atomically(folder / "summary.json", json.dumps(summary(comparison, complaints), indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / "table.md", _markdown(found, tables))
+    write_atomically(folder / "table.csv", numbers(comparison).to_csv(index=False))
+    write_atomically(folder / "table.tex", _latex(found, tables))
+    write_atomically(folder / "summary.json", json.dumps(summary(found, complaints), indent=2, allow_nan=False) + "\n")
     page = folder / "report.html"
-    write_atomically(page, _page(records, comparison, tables, vectors, complaints))
+    write_atomically(page, _page(records, found, tables, vectors, complaints))
     return page
 
 
-def summary(comparison: Comparison, undelivered: Sequence[str] = ()) -> dict[str, Any]:
+def summary(found: Findings, undelivered: Sequence[str] = ()) -> dict[str, Any]:
     """summary.json: numbers in percentage points, null where there is none. `missing` includes what is still pending."""
+    comparison = found.comparison
     return {
         "study": comparison.study,
         "workload": comparison.workload.name,
@@ -80,7 +69,7 @@ def summary(comparison: Comparison, undelivered: Sequence[str] = ()) -> dict[str
                 "missing": arm.missing,
                 "diverged": arm.diverged,
                 "best_trial_id": arm.best_trial_id,
-                "error_points": _finite(arm.error.value),
+                "error_points": finite(arm.error.value),
                 "ci95": arm.error.interval,
             }
             for arm in comparison.arms
@@ -91,20 +80,30 @@ def summary(comparison: Comparison, undelivered: Sequence[str] = ()) -> dict[str
                 "b": pair.b,
                 "n": pair.difference.n,
                 "method": pair.difference.method,
-                "diff_points": _finite(pair.difference.value),
+                "diff_points": finite(pair.difference.value),
                 "ci95": pair.difference.interval,
                 "verdict": pair.difference.verdict,
+                "declared": pair.declared,
+                "family": pair.difference.family,
+                "ci95_simultaneous": pair.difference.simultaneous,
             }
             for pair in comparison.pairs
         ],
+        "answers": {answer.question: answer.text for answer in found.answers},
+        "decoupling": {
+            m.arm: {
+                "share": finite(m.index.share),
+                "share_ci95": m.index.share_interval,
+                "slope": finite(m.index.slope),
+                "slope_ci95": m.index.slope_interval,
+            }
+            for m in found.maps
+        },
+        "not_told": list(found.missing),
         "imagenet": comparison.imagenet,
         "flags": list(comparison.flags),
         "undelivered": list(undelivered),
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _complaints(records: Records) -> list[str]:
@@ -113,121 +112,23 @@ def _complaints(records: Records) -> list[str]:
     return [f"{row['trial_id']} ({row['arm']}): {row['says']}" for row in found[~found.agrees.astype(bool)].to_dict("records")]
 
 
-def _figures(records: Records, comparison: Comparison) -> dict[str, Figure]:
+def _figures(records: Records, found: Findings) -> dict[str, Figure]:
+    """Those of every study, then those that this one's data allow."""
+    comparison = found.comparison
     table = figures.curves(records, comparison)
-    return {
+    drawn = {
         "result": figures.result(comparison),
         "error_by_epoch": figures.error_by_epoch(table, comparison),
         "anytime": figures.anytime(table, comparison),
         "schedule": figures.schedules(figures.reported(records, comparison), comparison),
     }
-
-
-# --------------------------------------------------------------------------------------------------- tables
-
-
-METHOD_NAMES = {"welch": "Welch", "paired": "paired by seed", "seeds x images": "seeds × images"}
-
-
-def arms_table(comparison: Comparison) -> Table:
-    rows = tuple(
-        (
-            arm.name,
-            ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in arm.parameters.items()) or "—",
-            str(arm.error.n),
-            _points(arm.error.value, arm),
-            " to ".join(f"{end:.2f}".replace("-", "−") for end in arm.error.interval) if arm.error.interval else "none",
-            f"{arm.sampling.standard_error:.2f}" if arm.sampling.standard_error is not None else "—",
-            _points(arm.holdout.value, arm),
-            f"{arm.finished} of {arm.planned}",
-            str(arm.failed),
-            str(arm.diverged),
-            f"{arm.missing} ({arm.pending} pending)" if arm.pending else str(arm.missing),
-        )
-        for arm in comparison.arms
-    )
-    columns = ("Arm", "Best configuration", "n", "Error (%)", "95 % interval", "Sampling error", "Holdout error (%)")
-    images = f"{comparison.workload.data.val_samples:,}"
-    note = (
-        "Error: validation top-1 error at the end of the budget, answer of the last completed cycle, mean over n seeds of the best "
-        "configuration, Student's t interval. Best: by mean holdout error. Sampling error: binomial standard error of "
-        f"{images} images, in points."
-    )
-    return Table("arms", "Arms", note, (*columns, "Trials with a result", "Failed", "Diverged", "Missing"), rows, 2)
-
-
-def pairs_table(comparison: Comparison) -> Table:
-    rows = tuple(
-        (
-            f"{pair.a} − {pair.b}",
-            METHOD_NAMES[pair.difference.method] + (", declared" if pair.declared else ""),
-            pair.difference.verdict,
-            str(pair.difference.n) if pair.difference.method == "paired" else f"{pair.difference.n_a}, {pair.difference.n_b}",
-            signed(pair.difference.value) if math.isfinite(pair.difference.value) else "—",
-            interval(pair.difference.interval) if pair.difference.interval else "none",
-            interval(pair.difference.interval90) if pair.difference.interval90 else "none",
-            f"{pair.difference.correlation:.2f}".replace("-", "−") if pair.difference.correlation is not None else "—",
-        )
-        for pair in comparison.pairs
-    )
-    margin = max((pair.difference.margin for pair in comparison.pairs), default=0.0)
-    note = (
-        "Points of error, below zero the first arm is better. better, worse: the 95 % interval excludes 0; equivalent: the 90 % interval "
-        f"lies within ±{margin:g} points (two one-sided tests at 5 %); else undecided. Seed correlation: over the seeds both arms have."
-    )
-    columns = ("Difference", "Method", "Verdict", "n", "Points", "95 % interval", "90 % interval", "Seed correlation")
-    return Table("differences", "Differences", note, columns, rows, 3)
-
-
-def _trials_table(records: Records) -> Table:
-    rows = tuple(
-        (
-            str(row["arm"]),
-            str(row["phase"]),
-            row["trial_id"] if isinstance(row["trial_id"], str) else "undecided",
-            row["state"] if row["planned"] else f"{row['state']}, not in the study",
-            row["last_error"] if isinstance(row["last_error"], str) else "",
-            str(row["seed"]),
-            str(row["step"]) if pd.isna(row["total_steps"]) else f"{row['step']} of {row['total_steps']}",
-            str(row["attempts"]),
-            f"{100 * (1 - row['anytime/val_top1']):.2f}" if math.isfinite(row["anytime/val_top1"]) else "—",
-        )
-        for row in records.trials.to_dict("records")
-    )
-    note = "Error: validation, answer of the last cycle that the trial completed. Steps: as far as MLflow has them."
-    columns = ("Arm", "Phase", "Trial", "State", "Last error", "Seed", "Steps", "Attempts", "Error (%)")
-    return Table("trials", "Every trial", note, columns, rows, 5)
-
-
-def _points(value: float, arm: ArmResult) -> str:
-    if math.isfinite(value):
-        return f"{value:.2f}"
-    return "diverged" if arm.error.diverged else "—"
-
-
-def _numbers(comparison: Comparison) -> pd.DataFrame:
-    """table.csv: a row an arm, then a row a difference, unrounded; empty where there is no number."""
-    arms = [
-        {
-            "kind": "arm", "name": arm.name, "method": "t", "n": arm.error.n, "points": _finite(arm.error.value),
-            "ci95_low": (arm.error.interval or (None, None))[0], "ci95_high": (arm.error.interval or (None, None))[1],
-            "sampling_error": arm.sampling.standard_error, "holdout_points": _finite(arm.holdout.value), "planned": arm.planned,
-            "finished": arm.finished, "failed": arm.failed, "diverged": arm.diverged, "missing": arm.missing, "pending": arm.pending,
-            "configuration": arm.configuration, "best_trial_id": arm.best_trial_id, "parameters": json.dumps(dict(arm.parameters)),
-        }
-        for arm in comparison.arms
-    ]  # fmt: skip
-    pairs = [
-        {
-            "kind": "difference", "name": f"{pair.a} - {pair.b}", "method": d.method, "n": d.n, "points": _finite(d.value),
-            "ci95_low": (d.interval or (None, None))[0], "ci95_high": (d.interval or (None, None))[1],
-            "n_a": d.n_a, "n_b": d.n_b, "correlation": d.correlation, "margin": d.margin, "verdict": d.verdict,
-        }
-        for pair in comparison.pairs
-        for d in [pair.difference]
-    ]  # fmt: skip
-    counts = ["n", "n_a", "n_b", "planned", "finished", "failed", "diverged", "missing", "pending"]
-    return pd.DataFrame([*arms, *pairs]).astype({name: "Int64" for name in counts if name in {*arms[0], *(pairs or arms)[0]}})
+    if found.maps:
+        drawn["maps"] = figures.heat_maps(found.maps)
+    if found.searches.curves:
+        drawn["budgets"] = figures.budget_curves(found.searches, comparison)
+    if found.loss_points.table.loss.notna().any():
+        drawn["gap"] = figures.gap_plot(found.loss_points.table, comparison, found.loss_points.split)
+    return drawn
 
 
 # ------------------------------------------------------------------------------------------------- sentences
@@ -283,16 +184,21 @@ def protocol(records: Records, comparison: Comparison) -> list[str]:
 # --------------------------------------------------------------------------------------- Markdown and LaTeX
 
 
-def _markdown(comparison: Comparison, tables: Sequence[Table]) -> str:
+def _markdown(found: Findings, tables: Sequence[Table]) -> str:
+    comparison = found.comparison
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(re.sub(r"([\\|*_<>`\[\]])", r"\\\1", cell) for cell in cells) + " |"
 
-    parts = [f"# {comparison.study}: {comparison.workload.name}", *verdicts(comparison)]
+    parts = [f"# {comparison.study}: {comparison.workload.name}"]
+    parts += [f"**{answer.question}** {answer.text}" for answer in found.answers]
+    parts += ["## In numbers", *verdicts(comparison)]
     for table in tables:
         rule = "|" + "|".join(" --- " if i < table.text_columns else " ---: " for i in range(len(table.columns))) + "|"
         parts += [f"## {table.title}", "\n".join([line(table.columns), rule, *map(line, table.rows)]), table.note]
     if comparison.flags:
         parts += ["## To bear in mind", "\n".join(f"- {flag}" for flag in comparison.flags)]
+    parts += ["## What this study does not tell", "\n".join(f"- {line}" for line in found.missing)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -307,7 +213,8 @@ def escape_latex(text: str) -> str:
     return "".join(TEX.get(character, character) for character in text)
 
 
-def _latex(comparison: Comparison, tables: Sequence[Table]) -> str:
+def _latex(found: Findings, tables: Sequence[Table]) -> str:
+    comparison = found.comparison
     parts = ["% needs \\usepackage{booktabs}"]
     for table in tables:
         columns = "l" * table.text_columns + "r" * (len(table.columns) - table.text_columns)
@@ -317,7 +224,7 @@ def _latex(comparison: Comparison, tables: Sequence[Table]) -> str:
         body = [f"\\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
         label = f"\\label{{tab:{re.sub(r'[^A-Za-z0-9]+', '-', comparison.study)}-{table.name}}}"
         parts.append("\n".join([r"\begin{table}", r"\centering", caption, label, *body, r"\end{table}"]))
-    parts.append("\n".join("% " + line for line in verdicts(comparison)))
+    parts.append("\n".join("% " + line for line in [*(f"{a.question} {a.text}" for a in found.answers), *verdicts(comparison)]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -330,24 +237,31 @@ CAPTIONS = {
     "lowest to the highest seed. Large markers: the end of a cycle.",
     "anytime": "Validation error of the answer at hand, the solution at the end of the last completed cycle (none before the first): "
     "mean over seeds, band from the lowest to the highest seed.",
+    "maps": "Mean error over the seeds of each cell of a grid over learning rate and weight decay, one scale for all; circle: the best "
+    "cell; crosses: a seed diverged; blank: no result. A decoupled map has its basin along the axes, a coupled one along a diagonal.",
+    "budgets": "Above: the holdout error that half of all searches of a budget end below, band: 95 % interval, drawn as far as the points "
+    "carry one, curves up to half the points. Below: the probability that one arm ends ahead of another at equal budgets.",
+    "gap": "Error against training loss at the end of the budget, a mark a configuration of the search: at equal loss, the lower arm "
+    "generalises better.",
     "schedule": "Multiplier η of the base learning rate and weight decay λ by epoch, as configured; equal schedules coincide.",
 }
 
 
-def _page(
-    records: Records, comparison: Comparison, tables: Sequence[Table], vectors: Mapping[str, bytes], complaints: Sequence[str]
-) -> str:
+def _page(records: Records, found: Findings, tables: Sequence[Table], vectors: Mapping[str, bytes], complaints: Sequence[str]) -> str:
+    comparison = found.comparison
     said = verdicts(comparison)
     shown = "\n".join(_figure(number, name, svg) for number, (name, svg) in enumerate(vectors.items(), start=1))
-    trials = _trials_table(records)
+    trials = trials_table(records)
     delivered = "MLflow has every final point of every journal." if not complaints else "MLflow and the journals differ:"
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"{comparison.study}: {comparison.workload.name}"),
         subtitle=html.escape(" against ".join(arm.name for arm in comparison.arms)),
+        answers="\n".join(f"<p><b>{html.escape(a.question)}</b> {html.escape(a.text)}</p>" for a in found.answers),
         verdicts="\n".join(f"<p>{html.escape(line)}</p>" for line in said),
         tables="\n".join(f"{_heading(number, table)}\n{_html_table(table)}" for number, table in enumerate(tables, start=1)),
         flags=_list(comparison.flags) if comparison.flags else "<p>Nothing.</p>",
         figures=shown,
+        missing=_list(found.missing),
         protocol=_list(protocol(records, comparison)),
         delivery=f"<p>{delivered}</p>\n{_list(complaints) if complaints else ''}",
         trials=f"<p class=note>{html.escape(trials.note)}</p>\n{_html_table(trials)}",

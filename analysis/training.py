@@ -138,7 +138,7 @@ def loss_points(records: Records) -> LossPoints:
     table = records.trials
     rows = table[table.planned & (table.phase == "search") & (table.state == "finished")]
     metric, split = (HOLDOUT, "holdout") if records.study.study.finalists else (VALIDATION, "validation")
-    loss = rows["train_eval/loss"] if "train_eval/loss" in rows else math.nan
+    loss = rows.get("train_eval/loss", math.nan)
     points = pd.DataFrame({"arm": rows.arm, "loss": loss, "error": 100 * (1 - rows[metric]), "config": rows.config})
     return LossPoints(points.groupby(["arm", "config"], as_index=False)[["loss", "error"]].mean(), split)
 

@@ -85,15 +85,20 @@ def budget_curves(searches: Searches, comparison: Comparison) -> Figure:
             above.plot(budgets, [p.tuned.value for p in points], color=look[name].color, linestyle=look[name].line)
             key(above, look[name], f"{name} (n = {points[-1].tuned.n + points[-1].tuned.diverged} points)", marker=False)
         for place, (a, b) in enumerate(dict.fromkeys((duel.a, duel.b) for duel in searches.duels)):
-            duels = [duel for duel in searches.duels if (duel.a, duel.b) == (a, b)]
-            budgets = [duel.budget + 0.06 * place for duel in duels]
-            half = [
-                [d.wins.value - i[0] for d in duels if (i := d.wins.interval)],
-                [i[1] - d.wins.value for d in duels if (i := d.wins.interval)],
-            ]
-            line = (0, (2 + 2 * place, 1.5))
-            below.errorbar(budgets[: len(half[0])], [d.wins.value for d in duels][: len(half[0])], yerr=half, fmt=look[a].marker,
-                           color=look[a].color, linestyle=line, capsize=2, linewidth=1, markersize=3.5, label=f"{a} before {b}")  # fmt: skip
+            wins = {d.budget: d.wins for d in searches.duels if (d.a, d.b) == (a, b)}
+            low, value, high = np.array([(w.interval[0], w.value, w.interval[1]) for w in wins.values() if w.interval]).reshape(-1, 3).T
+            below.errorbar(
+                np.array([float(budget) for budget, w in wins.items() if w.interval]) + 0.06 * place,
+                value,
+                yerr=[value - low, high - value],
+                fmt=look[a].marker,
+                color=look[a].color,
+                linestyle=(0, (2 + 2 * place, 1.5)),
+                capsize=2,
+                linewidth=1,
+                markersize=3.5,
+                label=f"{a} before {b}",
+            )
         above.set_title(f"{comparison.workload.name}: error by tuning budget (median search, 95 % interval)")
         above.set_ylabel("Holdout error (%)")
         below.set_ylabel("Probability of the\nlower holdout error")

@@ -24,7 +24,7 @@ from harness.store import Store
 from tests import synthetic
 
 FILES = {"report.html", "table.md", "table.csv", "table.tex", "summary.json"}
-FIGURES = {"result", "error_by_epoch", "anytime", "schedule"}
+FIGURES = {"result", "error_by_epoch", "anytime", "schedule", "budgets", "gap"}
 
 
 @pytest.fixture(autouse=True)

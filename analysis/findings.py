@@ -1,0 +1,75 @@
+"""All that a study's records allow to say, and what is missing for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from analysis import tables
+from analysis.compare import Comparison, compare
+from analysis.maps import Map, maps
+from analysis.questions import Answer, answers
+from analysis.runs import Records
+from analysis.searches import FEWEST, Searches, searches
+from analysis.tables import Table
+from analysis.training import Anytime, Catching, Cost, Gap, LossPoints, anytime, catching, costs, gaps, loss_points
+
+
+@dataclass(frozen=True)
+class Findings:
+    comparison: Comparison
+    searches: Searches
+    maps: tuple[Map, ...]
+    anytime: tuple[Anytime, ...]
+    catching: tuple[Catching, ...]
+    loss_points: LossPoints
+    gaps: tuple[Gap, ...]
+    costs: tuple[Cost, ...]
+    answers: tuple[Answer, ...]
+    missing: tuple[str, ...]
+    """what this study does not tell, and what that would need, a line each"""
+
+    def tables(self) -> tuple[Table, ...]:
+        """Arms and differences always, the others where they have rows."""
+        first = tables.arms_table(self.comparison), tables.pairs_table(self.comparison)
+        others = (
+            tables.budgets_table(self.searches),
+            tables.maps_table(self.maps),
+            tables.anytime_table(self.anytime),
+            tables.catching_table(self.catching),
+            tables.gaps_table(self.gaps),
+            tables.costs_table(self.costs),
+        )
+        return *first, *(table for table in others if table.rows)
+
+
+def find(records: Records) -> Findings:
+    comparison = compare(records)
+    searched, mapped, points = searches(records, comparison), maps(records), loss_points(records)
+    course, caught, gap, cost = (
+        anytime(records, comparison),
+        catching(records, comparison),
+        gaps(records, comparison, points),
+        costs(records),
+    )
+    said = answers(records, comparison, searched, mapped)
+    found = Findings(comparison, searched, mapped, course, caught, points, gap, cost, said, ())
+    return Findings(**{**vars(found), "missing": tuple(_missing(found))})
+
+
+def _missing(found: Findings) -> Iterator[str]:
+    if not found.searches.curves:
+        yield f"Tuning budgets: no arm has {FEWEST} searched configurations with a holdout error."
+    elif not found.searches.duels:
+        yield "Tuning budgets of pairs: no two compared arms have both searched."
+    if not found.maps:
+        yield "Heat maps and decoupling index: no arm searches a grid over exactly optimizer.lr and decay.weight_decay."
+    if not found.anytime:
+        yield "Anytime curves: no reported trial has completed a cycle."
+    if not any(gap.difference.interval for gap in found.gaps):
+        yield "Generalisation gap: too few configurations of two compared arms end at training losses that both reach."
+    if not any(pair.difference.method == "seeds x images" for pair in found.comparison.pairs):
+        yield "Intervals over images: the reported trials kept no correctness bits (finalists do), or their splits differ."
+    if not found.costs:
+        yield "Cost: this store has no journals of the study."
+    yield "Transfer of the best decay between budgets: compare the maps of two studies, analysis.estimate.transfer."
