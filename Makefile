@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench bench-data equivalence gpu-check clean
+.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench bench-data bench-read equivalence gpu-check clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.installed
@@ -73,6 +73,9 @@ build/peers: tests/benchmarks/peers.txt | setup
 
 bench-data: setup build/peers
 	@$(BIN)/python -m tests.benchmarks.bench_data
+
+bench-read: setup
+	@$(BIN)/python -m tests.benchmarks.read_runs
 
 equivalence: setup
 	@$(BIN)/python -m tests.equivalence

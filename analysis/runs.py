@@ -105,13 +105,14 @@ class Records:
         row, keys = pd.factorize(points.trial_id.cat.codes.to_numpy(np.int64) * len(steps) + place, sort=True)
         values = np.full((len(keys), len(points.metric.cat.categories)), np.nan)
         values[row, points.metric.cat.codes] = points.value
+        trial_ids, trial = points.trial_id.cat.categories, keys // max(1, len(steps))
+        step = steps[keys % max(1, len(steps))]
+        per_epoch = [schedule.steps_per_epoch(self.configs[i]) if i in self.configs else np.nan for i in trial_ids]
         wide = pd.DataFrame(values, columns=list(points.metric.cat.categories))
-        wide.insert(0, "trial_id", points.trial_id.cat.categories.take(keys // max(1, len(steps))))
-        wide.insert(1, "step", steps[keys % max(1, len(steps))])
-        per_epoch = {i: schedule.steps_per_epoch(trial) for i, trial in self.configs.items()}
-        epoch = (wide.step + 1) / wide.trial_id.map(per_epoch).astype(float)
-        logged = wide.pop("epoch") if "epoch" in wide else float("nan")
-        wide.insert(2, "epoch", epoch.fillna(logged))
+        epoch = pd.Series((step + 1) / np.array(per_epoch, float)[trial]).fillna(wide.pop("epoch") if "epoch" in wide else np.nan)
+        wide.insert(0, "trial_id", trial_ids.take(trial))
+        wide.insert(1, "step", step)
+        wide.insert(2, "epoch", epoch)
         known = self.trials.loc[self.trials.trial_id.notna(), ["trial_id", "arm", "seed", "phase"]]
         return known.merge(wide, on="trial_id", how="inner")
 
@@ -146,11 +147,12 @@ def read(study: StudyName, store: str | Path = "runs", tracking_uri: str | None 
     standing = {i: _standing(runs.get(i), folders.get(i), answers.get(i)) for i in {**runs, **folders}}
 
     plan = planned(loaded, {i: s.answer for i, s in standing.items() if s.state in ENDED})
-    configs = {p.trial.trial_id: p.trial for p in plan if p.trial is not None}
+    ids = [p.trial.trial_id if p.trial else None for p in plan]
+    configs = {i: p.trial for i, p in zip(ids, plan, strict=True) if i is not None and p.trial is not None}
     left_over = [i for i in standing if i not in configs]
     configs.update({i: config for i in left_over if (config := _config(folders.get(i))) is not None})
 
-    rows = [_identity(p.trial.trial_id if p.trial else None, p.arm, p.phase, p.seed, True) for p in plan]
+    rows = [_identity(i, p.arm, p.phase, p.seed, True) for i, p in zip(ids, plan, strict=True)]
     rows += [_left_over(i, configs.get(i), runs.get(i)) for i in sorted(left_over)]
     final = _at_last_cycle(points, configs)
     steps = _steps(points)

@@ -146,7 +146,9 @@ def measured(store: Store, count: int, points: int) -> list[Row]:
 
     settled = tracked.QUIET_NS / 1e9 + 0.5
     time.sleep(settled)
+    cpu = time.process_time()
     cold, records = timed(tables)
+    cpu = time.process_time() - cpu
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     size = f"{count:,} runs of {points:,} points: {len(records.points):,} values, {len(records.history):,} rows of history"
     rng = np.random.default_rng(1)
@@ -175,7 +177,7 @@ def measured(store: Store, count: int, points: int) -> list[Row]:
     ratio = loop / cold
     kept_size = (store.root / "reading" / "cache" / "points.parquet").stat().st_size / 1e6
     return [
-        row("read, s", cold, 60 if judged else None, f"{size}; the file of the database lies in memory"),
+        row("read, s", cold, 60 if judged else None, f"{cpu:.0f} s of CPU; {size}; the file of the database lies in memory"),
         Row("loop over the client / read", ratio, 20 if judged else None, not judged or ratio > 20, f"{loop:.0f} s, from {len(sample)} runs", exceeds=True),
         row("memory, GB", memory, 4 if judged else None, "the most that the process had by then"),
         row("read again, s", again, None, f"nothing new: from {kept_size:.0f} MB that were kept"),
