@@ -167,21 +167,27 @@ def _by_trial(points: pa.Table, trials: Mapping[str, str]) -> pd.DataFrame:
     points = points.unify_dictionaries().combine_chunks()
     run, run_ids = _codes(points["run_id"])
     metric, names = _codes(points["metric"])
-    of_run = [trials.get(run_id) for run_id in run_ids]
-    trial_ids, metrics = sorted({trial_id for trial_id in of_run if trial_id is not None}), sorted(names)
-    place = {trial_id: number for number, trial_id in enumerate(trial_ids)}
-    trial = np.array([place.get(trial_id, -1) if trial_id else -1 for trial_id in of_run], np.int32)[run]
+    # what is kept may name runs and metrics of which no point is left
+    trial, trial_ids = _ranked(run, [trials.get(run_id) for run_id in run_ids])
     # runs stand together, and within one all is in order: to put runs in the order of trials is all that is left to do
     order = np.argsort(trial, kind="stable")[np.count_nonzero(trial < 0) :]
-    name_place = np.array([metrics.index(name) for name in names], np.int32)
+    name, metrics = _ranked(metric[order], names)
     return pd.DataFrame(
         {
             "trial_id": pd.Categorical.from_codes(trial[order], pd.Index(trial_ids, dtype="str")),
-            "metric": pd.Categorical.from_codes(name_place[metric[order]], pd.Index(metrics, dtype="str")),
+            "metric": pd.Categorical.from_codes(name, pd.Index(metrics, dtype="str")),
             "step": points["step"].to_numpy()[order],
             "value": points["value"].to_numpy()[order],
         }
     )
+
+
+def _ranked(codes: np.ndarray, names: Sequence[str | None]) -> tuple[np.ndarray, list[str]]:
+    """(for each code the place of its name in the list, -1 for None; the sorted list of the names that occur)."""
+    occurring = np.bincount(codes, minlength=len(names)) > 0
+    listed = sorted({name for name, occurs in zip(names, occurring, strict=True) if occurs and name is not None})
+    place = {name: number for number, name in enumerate(listed)}
+    return np.array([-1 if name is None else place.get(name, -1) for name in names], np.int32)[codes], listed
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
@@ -298,9 +304,8 @@ def _marks(database: sa.Connection, url: sa.URL, run_ids: Sequence[str]) -> dict
     to find it: a mark must not miss a value that was changed in place, nor a row deleted and logged again, which SQLite
     gives the same number. Whatever tells that apart has to look at every value.
 
-    PostgreSQL does so where the data lie: a 64-bit hash of each row, summed over the run (0.2 of the time of reading). It hangs on
-    nothing but the rows, so that a database that was restored or moved keeps its marks. Before PostgreSQL 14, which lacks
-    the hash, nothing is kept.
+    PostgreSQL does so where the data lie: a 64-bit hash of each row, summed over the run. It hangs on nothing but the rows, so
+    that a database that was restored or moved keeps its marks. Before PostgreSQL 14, which lacks the hash, nothing is kept.
 
     SQLite has no hash of a value, and to look at all rows from here takes as long as to read them. So the mark of every run
     is that of the file: which one, its size, its times. Any write gives it a new time, unless it follows the one before so

@@ -126,8 +126,16 @@ def delete_or_restore_a_run(server: Postgres, rng: np.random.Generator) -> None:
         assert sql(server, "UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = :run", run=any_row(server, rng)["run_uuid"]) == 1
 
 
+def forget_a_metric(server: Postgres, rng: np.random.Generator) -> None:
+    assert sql(server, "DELETE FROM metrics WHERE key = 'odd'")
+
+
+def empty_a_run(server: Postgres, rng: np.random.Generator) -> None:
+    assert sql(server, "DELETE FROM metrics WHERE run_uuid = :run", run=any_row(server, rng)["run_uuid"])
+
+
 CHANGES: tuple[Callable[[Postgres, np.random.Generator], None], ...] = (
-    change_a_value, make_it_nan, move_a_point, delete_a_point, log_by_client, delete_or_restore_a_run,
+    change_a_value, make_it_nan, move_a_point, delete_a_point, log_by_client, delete_or_restore_a_run, forget_a_metric, empty_a_run,
 )  # fmt: skip
 
 
