@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench bench-data equivalence gpu-check clean
+.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench bench-data bench-read equivalence gpu-check clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.installed
@@ -74,8 +74,17 @@ build/peers: tests/benchmarks/peers.txt | setup
 bench-data: setup build/peers
 	@$(BIN)/python -m tests.benchmarks.bench_data
 
+bench-read: setup
+	@$(BIN)/python -m tests.benchmarks.read_runs
+
 equivalence: setup
 	@$(BIN)/python -m tests.equivalence
+
+calibrate: setup  # simulated studies of known truth: do the intervals cover what they say?
+	@$(BIN)/python -m tests.calibrate
+
+results: setup  # the committed studies' tables, made again from their committed data, must come out bit-equal
+	@$(BIN)/python -m analysis.archive check
 
 gpu-check:  # no set-up: that machine may have no network, and brings its own torch
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.gpu_check

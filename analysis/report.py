@@ -36,24 +36,30 @@ def report(study: StudyName, store: str | Path = "runs", tracking_uri: str | Non
     """
     records = read(study, store, tracking_uri)
     records.store.check_writable()
-    found = find(records)
-    comparison, tables = found.comparison, found.tables()
     complaints = [*undelivered, *(line for line in _complaints(records) if not any(u.startswith(line[:12]) for u in undelivered))]
+    folder = records.store.study(records.study.name) / "report"
+    found, vectors = render(records, folder, complaints)
+    page = folder / "report.html"
+    write_atomically(page, _page(records, found, found.tables(), vectors, complaints))
+    return page
+
+
+def render(records: Records, folder: Path, complaints: Sequence[str] = ()) -> tuple[Findings, dict[str, bytes]]:
+    """Writes tables, summary and figures, all but the page, into FOLDER; what was found, and the figures as SVG."""
+    found = find(records)
+    tables = found.tables()
     drawn = _figures(records, found)
     vectors = {name: figures.svg(figure) for name, figure in drawn.items()}
 
-    folder = records.store.study(records.study.name) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         (folder / f"{name}.png").write_bytes(figures.png(figure))
         (folder / f"{name}.svg").write_bytes(vectors[name])
     write_atomically(folder / "table.md", _markdown(found, tables))
-    write_atomically(folder / "table.csv", numbers(comparison).to_csv(index=False))
+    write_atomically(folder / "table.csv", numbers(found.comparison).to_csv(index=False))
     write_atomically(folder / "table.tex", _latex(found, tables))
     write_atomically(folder / "summary.json", json.dumps(summary(found, complaints), indent=2, allow_nan=False) + "\n")
-    page = folder / "report.html"
-    write_atomically(page, _page(records, found, tables, vectors, complaints))
-    return page
+    return found, vectors
 
 
 def summary(found: Findings, undelivered: Sequence[str] = ()) -> dict[str, Any]:
@@ -278,7 +284,7 @@ def _html_table(table: Table) -> str:
     names = [f"{table.name}-{i}" for i in range(len(table.columns))]
     frame = pd.DataFrame([list(row) for row in table.rows], columns=names)
     made = (
-        GT(frame, id=table.name)
+        GT(frame, id=f"table-{table.name}")
         .cols_label(dict(zip(names, table.columns, strict=True)))
         .cols_align("left", columns=names[: table.text_columns])
         .cols_align("right", columns=names[table.text_columns :])

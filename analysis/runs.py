@@ -1,30 +1,27 @@
 """Records -> two tidy tables: a row a trial, a row a (trial, step).
 
-MLflow is what is read; the journals in the store are what it is checked against (`check`). A trial that the study plans
+MLflow is what is read (tracked.py); the journals in the store are what it is checked against (`check`). A trial that the study plans
 but that never started, was killed, failed or diverged is a row with its state, never an absence.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from analysis.tracked import Run, tracked
+from analysis.tracked import Unreadable as Unreadable
 from harness import journal, schedule
 from harness.config import BadInput, Trial
 from harness.store import ENDED, Store, TrialFolder
 from harness.study import LoadedStudy, load, planned
-
-MLFLOW_INF = 1.797e308
-"""MLflow stores an infinity as the largest double; what is at least this was one."""
 
 LOGGED_BY_STEP = ("train/", "schedule/", "time/", "data/")
 """Metrics with a value every few steps; all others stand at evaluations only."""
@@ -48,10 +45,6 @@ CHECKED = (
 """The columns of `check`."""
 
 StudyName = str | Path | LoadedStudy
-
-
-class Unreadable(RuntimeError):
-    """MLflow's records cannot be read; one line, without secrets."""
 
 
 def trials(study: StudyName, store: str | Path = "runs", tracking_uri: str | None = None) -> pd.DataFrame:
@@ -87,91 +80,6 @@ def check(study: StudyName, store: str | Path = "runs", tracking_uri: str | None
     return read(study, store, tracking_uri).check()
 
 
-# --------------------------------------------------------------------------------------------------- MLflow
-
-
-@dataclass(frozen=True)
-class Run:
-    """MLflow's record of one trial, its points aside."""
-
-    run_id: str
-    status: str
-    """RUNNING | FINISHED | FAILED | KILLED | SCHEDULED"""
-    start_time: int
-    tags: Mapping[str, str]
-
-    @property
-    def state(self) -> str:
-        """The trial's state as delivered; without the tag, what MLflow's own status can tell."""
-        return self.tags.get("state") or {"FINISHED": "finished", "FAILED": "failed"}.get(self.status, "interrupted")
-
-
-def _tracked(experiment: str, uri: str) -> tuple[dict[str, Run], pd.DataFrame]:
-    """(trial id -> run, points) of an experiment; points: trial_id, metric, step, value, one a (trial_id, metric, step).
-
-    Of several runs of one trial the one started last is read, the first by id among equals, as delivery writes it.
-    Nothing tracked yet is empty, not an error.
-    """
-    embedded = uri.startswith("sqlite:///")
-    try:
-        runs, points = _from_sqlite(experiment, Path(uri.removeprefix("sqlite:///"))) if embedded else _from_server(experiment, uri)
-    except Exception as error:  # sqlite3's, pandas', MLflow's, SQLAlchemy's, requests': none can be told from another here
-        raise Unreadable("MLflow cannot be read: " + re.sub(r"://[^/\s]*@", "://***@", " ".join(str(error).split()))[:300]) from error
-    runs.sort(key=lambda run: run.run_id, reverse=True)
-    runs.sort(key=lambda run: run.start_time)
-    by_trial = {run.tags["trial_id"]: run for run in runs if "trial_id" in run.tags}
-    points["trial_id"] = points.pop("run_id").map({run.run_id: trial_id for trial_id, run in by_trial.items()}).astype("str")
-    points = points.dropna(subset="trial_id").drop_duplicates(["trial_id", "metric", "step"], keep="last")
-    value = points.value.astype(float)
-    value = value.mask(value >= MLFLOW_INF, float("inf")).mask(value <= -MLFLOW_INF, float("-inf"))
-    return by_trial, points.assign(value=value)[["trial_id", "metric", "step", "value"]]
-
-
-def _from_sqlite(experiment: str, path: Path) -> tuple[list[Run], pd.DataFrame]:
-    """(runs, points in the order they were logged) by read-only queries on MLflow's tables."""
-    if not path.is_file():
-        return [], pd.DataFrame(columns=["run_id", "metric", "step", "value"])
-    of_study = (
-        "JOIN runs r USING (run_uuid) JOIN experiments e USING (experiment_id) "
-        "WHERE e.name = ? AND e.lifecycle_stage = 'active' AND r.lifecycle_stage = 'active'"
-    )
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as db:
-        tags: dict[str, dict[str, str]] = {}
-        for run_id, key, value in db.execute(f"SELECT run_uuid, t.key, t.value FROM tags t {of_study}", [experiment]):  # noqa: S608
-            tags.setdefault(run_id, {})[key] = value
-        found = db.execute(f"SELECT run_uuid, r.status, r.start_time FROM runs s {of_study}", [experiment])  # noqa: S608
-        runs = [Run(run_id, status, start, tags.get(run_id, {})) for run_id, status, start in found]
-        points = pd.read_sql_query(
-            "SELECT run_uuid AS run_id, m.key AS metric, m.step, CASE m.is_nan WHEN 1 THEN NULL ELSE m.value END AS value "  # noqa: S608
-            f"FROM metrics m {of_study} ORDER BY m.timestamp, m.rowid",
-            db,
-            params=[experiment],
-        )
-    return runs, points
-
-
-def _from_server(experiment: str, uri: str) -> tuple[list[Run], pd.DataFrame]:
-    """As `_from_sqlite`, through MLflow's client: a call a metric of a run. A server that is down is not waited for."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    from mlflow.tracking import MlflowClient  # takes seconds, and a local store needs none of it
-
-    client = MlflowClient(uri)
-    found = client.get_experiment_by_name(experiment)
-    runs: list[Run] = []
-    rows: list[tuple[str, str, int, float]] = []
-    token: str | None = "" if found is not None and found.lifecycle_stage == "active" else None
-    while token is not None:
-        page = client.search_runs([found.experiment_id], max_results=1000, page_token=token or None)
-        for run in page:
-            runs.append(Run(run.info.run_id, run.info.status, run.info.start_time, run.data.tags))
-            for metric in run.data.metrics:
-                logged = sorted(client.get_metric_history(run.info.run_id, metric), key=lambda m: m.timestamp)
-                rows += [(run.info.run_id, metric, m.step, m.value) for m in logged]
-        token = page.token or None
-    return runs, pd.DataFrame(rows, columns=["run_id", "metric", "step", "value"])
-
-
 # -------------------------------------------------------------------------------------------------- records
 
 
@@ -184,37 +92,48 @@ class Records:
     runs: Mapping[str, Run]
     """trial id -> its MLflow run"""
     points: pd.DataFrame
-    """MLflow's points: trial_id, metric, step, value; one a (trial_id, metric, step)"""
+    """MLflow's points, as `tracked` has them: trial_id, metric, step, value; one a (trial_id, metric, step), in this order"""
     configs: Mapping[str, Trial]
     """trial id -> resolved config, where one is known"""
     trials: pd.DataFrame
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        # not pivot_table, which would drop what is NaN
-        wide = self.points.pivot(index=["trial_id", "step"], columns="metric", values="value")  # noqa: PD010
-        wide = wide.rename_axis(columns=None).reset_index()
-        per_epoch = {i: schedule.steps_per_epoch(trial) for i, trial in self.configs.items()}
-        epoch = (wide.step + 1) / wide.trial_id.map(per_epoch).astype(float)
-        logged = wide.pop("epoch") if "epoch" in wide else float("nan")
-        wide.insert(2, "epoch", epoch.fillna(logged))
+        # what DataFrame.pivot does, in a fraction of its time and memory: ten million points are no rare study
+        points = self.points
+        place, steps = pd.factorize(points.step.to_numpy(), sort=True)  # negative and huge steps too, should somebody log them
+        row, keys = pd.factorize(points.trial_id.cat.codes.to_numpy(np.int64) * len(steps) + place, sort=True)
+        values = np.full((len(keys), len(points.metric.cat.categories)), np.nan)
+        values[row, points.metric.cat.codes] = points.value
+        trial_ids, trial = points.trial_id.cat.categories, keys // max(1, len(steps))
+        step = steps[keys % max(1, len(steps))]
+        per_epoch = [schedule.steps_per_epoch(self.configs[i]) if i in self.configs else np.nan for i in trial_ids]
+        wide = pd.DataFrame(values, columns=list(points.metric.cat.categories))
+        epoch = pd.Series((step + 1) / np.array(per_epoch, float)[trial]).fillna(wide.pop("epoch") if "epoch" in wide else np.nan)
+        wide.insert(0, "trial_id", trial_ids.take(trial))
+        wide.insert(1, "step", step)
+        wide.insert(2, "epoch", epoch)
         known = self.trials.loc[self.trials.trial_id.notna(), ["trial_id", "arm", "seed", "phase"]]
         return known.merge(wide, on="trial_id", how="inner")
 
     def check(self) -> pd.DataFrame:
-        points: dict[str, dict[tuple[str, int], float]] = {}
-        for trial_id, metric, step, value in self.points.itertuples(index=False):
-            points.setdefault(trial_id, {})[metric, step] = value
         rows = []
         for folder in self.store.trials(self.study.name):
             trial_id = folder.path.name
             if (record := journal.fold(journal.read(folder.journal))).starts:
-                rows.append({"trial_id": trial_id} | _compared(record, self.runs.get(trial_id), points.get(trial_id, {})))
+                rows.append({"trial_id": trial_id} | _compared(record, self.runs.get(trial_id), self._points_of(trial_id)))
         seen = {row["trial_id"] for row in rows}
         for trial_id in sorted(self.runs.keys() - seen):
-            rows.append({"trial_id": trial_id} | _unjournalled(self.runs[trial_id], points.get(trial_id, {})))
+            rows.append({"trial_id": trial_id} | _unjournalled(self.runs[trial_id], self._points_of(trial_id)))
         out = pd.DataFrame(rows, columns=list(CHECKED))
         return out.assign(arm=out.trial_id.map(self.trials.set_index("trial_id").arm.to_dict()))
+
+    def _points_of(self, trial_id: str) -> dict[tuple[str, int], float]:
+        """(metric, step) -> value"""
+        code = self.points.trial_id.cat.categories.get_indexer(pd.Index([trial_id]))  # -1 if it has none
+        first, last = np.searchsorted(self.points.trial_id.cat.codes, [code[0], code[0] + 1])
+        mine = self.points.iloc[first:last]
+        return dict(zip(zip(mine.metric, mine.step, strict=True), mine.value, strict=True))
 
 
 def read(study: StudyName, store: str | Path = "runs", tracking_uri: str | None = None) -> Records:
@@ -222,20 +141,21 @@ def read(study: StudyName, store: str | Path = "runs", tracking_uri: str | None 
     home = Store(Path(store))
     loaded = _find(study, home)
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.root / 'mlflow.db'}"
-    runs, points = _tracked(loaded.name, uri)
+    runs, points = tracked(loaded.name, uri, home.study(loaded.name) / "cache" / "points.parquet")
     folders = {folder.path.name: folder for folder in home.trials(loaded.name)}
-    answers = points[points.metric == "anytime/holdout_top1"].sort_values("step").groupby("trial_id").value.last().to_dict()
+    answers = points[points.metric == "anytime/holdout_top1"].drop_duplicates("trial_id", keep="last").set_index("trial_id").value.to_dict()
     standing = {i: _standing(runs.get(i), folders.get(i), answers.get(i)) for i in {**runs, **folders}}
 
     plan = planned(loaded, {i: s.answer for i, s in standing.items() if s.state in ENDED})
-    configs = {p.trial.trial_id: p.trial for p in plan if p.trial is not None}
+    ids = [p.trial.trial_id if p.trial else None for p in plan]
+    configs = {i: p.trial for i, p in zip(ids, plan, strict=True) if i is not None and p.trial is not None}
     left_over = [i for i in standing if i not in configs]
     configs.update({i: config for i in left_over if (config := _config(folders.get(i))) is not None})
 
-    rows = [_identity(p.trial.trial_id if p.trial else None, p.arm, p.phase, p.seed, True) for p in plan]
+    rows = [_identity(i, p.arm, p.phase, p.seed, True) for i, p in zip(ids, plan, strict=True)]
     rows += [_left_over(i, configs.get(i), runs.get(i)) for i in sorted(left_over)]
     final = _at_last_cycle(points, configs)
-    steps = (points.groupby("trial_id").step.max() + 1).to_dict()
+    steps = _steps(points)
     for row in rows:
         row |= _facts(standing.get(row["trial_id"]), configs.get(row["trial_id"]), runs.get(row["trial_id"]), steps.get(row["trial_id"], 0))
         row |= final.get(row["trial_id"], {})
@@ -330,19 +250,23 @@ def _at_last_cycle(points: pd.DataFrame, configs: Mapping[str, Trial]) -> dict[s
     A metric of evaluations must stand at that very step, so that an older evaluation never passes for the answer; one
     that is logged every few steps counts with its newest value until then.
     """
-    reached = (points.groupby("trial_id").step.max() + 1).to_dict()
-    last = {}
-    for trial_id, config in configs.items():
-        ends = [end for end in schedule.cycle_ends(config) if end <= reached.get(trial_id, 0)]
-        last[trial_id] = max(ends, default=0) - 1
-    end = points.trial_id.map(last)
-    by_step = points.metric.str.startswith(LOGGED_BY_STEP)
-    chosen = points[(points.step == end) | (by_step & (points.step < end))].sort_values("step", kind="stable")
-    chosen = chosen[chosen.metric != "epoch"].drop_duplicates(["trial_id", "metric"], keep="last")
+    reached = _steps(points)
+    last = {
+        i: max((end for end in schedule.cycle_ends(config) if end <= reached.get(i, 0)), default=0) - 1 for i, config in configs.items()
+    }
+    end = np.array([last.get(i, -1) for i in points.trial_id.cat.categories], np.int64)[points.trial_id.cat.codes]
+    by_step = np.array([name.startswith(LOGGED_BY_STEP) for name in points.metric.cat.categories], bool)[points.metric.cat.codes]
+    chosen = points[((points.step == end) | (by_step & (points.step < end))) & (points.metric != "epoch")]
+    chosen = chosen.drop_duplicates(["trial_id", "metric"], keep="last")
     out: dict[str, dict[str, float]] = {}
     for trial_id, metric, _, value in chosen.itertuples(index=False):
         out.setdefault(trial_id, {})[metric] = value
     return out
+
+
+def _steps(points: pd.DataFrame) -> dict[str, int]:
+    """trial id -> steps that MLflow knows of"""
+    return {str(trial_id): int(step) + 1 for trial_id, step in points.groupby("trial_id", observed=True).step.max().items()}
 
 
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:

@@ -127,7 +127,6 @@ def gap_plot(points: pd.DataFrame, comparison: Comparison, split: str) -> Figure
                     s=16,
                     marker=look.marker,
                     color=look.color,
-                    alpha=0.7,
                     linewidths=0,
                     label=f"{name} (n = {len(own)})",
                 )

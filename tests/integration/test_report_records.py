@@ -180,22 +180,6 @@ def test_the_last_value_of_a_metric_at_a_step_counts(store: Path) -> None:
     assert trial_of(store, trial_id=row.trial_id)["val/top1"] == 0.5
 
 
-def test_the_client_reads_what_the_queries_read(synthetic_store: Path) -> None:
-    """The way to a server; on a database MLflow's client takes the same calls."""
-    from analysis.runs import _from_server, _from_sqlite
-
-    by_query, points = _from_sqlite("synthetic", synthetic_store / "mlflow.db")
-    by_client, same_points = _from_server("synthetic", f"sqlite:///{synthetic_store / 'mlflow.db'}")
-    order = ["run_id", "metric", "step"]
-    pd.testing.assert_frame_equal(
-        points.sort_values(order, ignore_index=True), same_points.sort_values(order, ignore_index=True), check_dtype=False
-    )
-    assert {run.run_id: (run.status, run.start_time, run.tags["state"]) for run in by_query} == {
-        run.run_id: (run.status, run.start_time, run.tags["state"]) for run in by_client
-    }
-    assert _from_server("nothing", f"sqlite:///{synthetic_store / 'mlflow.db'}")[0] == []
-
-
 def test_deleted_runs_are_not_there(store: Path) -> None:
     row = trial_of(store, state="finished", phase="finalists")
     sql(store, f"UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = '{row.run_id}'")
