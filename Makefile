@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench bench-data bench-read equivalence gpu-check clean
+.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench bench-data bench-read calibrate results equivalence gpu-check clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.installed

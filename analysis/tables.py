@@ -157,8 +157,8 @@ def budgets_table(searches: Searches) -> Table:
                 rows.append((f"{a} − {b}", str(duel.budget), *sides, wins, duel.difference.verdict, shown))
     note = (
         "Holdout error, in %, that half of all searches of a budget end below, with the 95 % interval that two of the points give it; "
-        "none: the points are too few for that budget. Ahead: probability that the first arm ends with the lower holdout error. Non-inferior from: "
-        "trials from which the first arm is shown at most the margin behind. Points are taken as independent draws."
+        "none: the points are too few for that budget. Ahead: probability that the first arm ends with the lower holdout error. "
+        "Non-inferior from: trials from which the first arm is shown at most the margin behind. Points are taken as independent draws."
     )
     columns = ("Arms", "Trials", "First", "Second", "First ahead (95 % interval)", "Verdict", "Non-inferior from")
     return Table("budgets", "Tuning budgets", note, columns, tuple(rows), 1)

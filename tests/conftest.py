@@ -24,6 +24,14 @@ def synthetic_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def synthetic_maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the grid study of tests/synthetic.py, delivered likewise."""
+    from tests import synthetic
+
+    return synthetic.write_maps(tmp_path_factory.mktemp("maps") / "runs").root
+
+
+@pytest.fixture(scope="session")
 def few(mnist5k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """800 training and 200 validation digits of them, for tests that run many trials."""
     from tests import tars

@@ -82,6 +82,8 @@ def write_trial(
     answer: dict[str, float] = {}
     offsets = {split: final - 0.05 + rng.normal(0, 0.003) for split in ("holdout", "val")}
     last = round(until * total)
+    if not trial.evaluation.val:
+        without = (*without, "val/", "anytime/val_top1")
     for done in range(1, last + 1):
         metrics: dict[str, float] = {}
         if (done - 1) % trial.evaluation.log_every_steps == 0:
@@ -130,5 +132,33 @@ def write_store(root: Path) -> Store:
             write_trial(store, trial, "interrupted", until=0.6)
         elif place != 4:
             write_trial(store, trial, final=FINAL_ERROR[trial.arm])
+    tracking.deliver(store, loaded.name)
+    return store
+
+
+GRID = {"optimizer.lr": {"log_uniform": [0.0003, 0.03], "num": 5}, "decay.weight_decay": {"log_uniform": [0.0001, 0.01], "num": 5}}
+MAPS: dict[str, Any] = {
+    "name": "maps",
+    "workload": "mnist5k_cnn",
+    "arms": {
+        "Adam": {"optimizer": {"name": "adam"}, "decay": {"name": "l2"}, "schedule": {"name": "cosine"}, "space": GRID},
+        "AdamW": {"optimizer": {"name": "adam"}, "decay": {"name": "decoupled"}, "schedule": {"name": "cosine"}, "space": GRID},
+    },
+    "sampler": {"name": "grid"},
+    "search": {"seeds": 2},
+    "budget": {"epochs": 1},
+    "evaluation": {"log_every_steps": 100},
+}
+"""Adam's basin lies along a diagonal, AdamW's along the axes."""
+
+
+def write_maps(root: Path) -> Store:
+    store = Store(root)
+    loaded = write_study(store, MAPS)
+    for trial in (p.trial for p in study.planned(loaded, {}) if p.trial is not None):
+        x, y = 2 * math.log10(trial.optimizer.lr / 0.003), 2 * math.log10(getattr(trial.decay, "weight_decay", 1.0) / 0.001)
+        final = 0.05 + (0.01 * (x + y) ** 2 + 0.002 * (x - y) ** 2 if trial.arm == "Adam" else 0.01 * (x * x + y * y))
+        diverges = trial.arm == "Adam" and x + y > 3.9
+        write_trial(store, trial, "diverged" if diverges else "finished", final, until=0.5 if diverges else 1.0)
     tracking.deliver(store, loaded.name)
     return store

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis.compare import Comparison
 from analysis.figures.frame import framed, key, looks, say
@@ -109,8 +110,11 @@ def budget_curves(searches: Searches, comparison: Comparison) -> Figure:
             above.legend(loc="upper right", fontsize=7)
         else:
             say(above, "no arm has searched enough points")
-        if searches.duels:
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if any(duel.wins.interval for duel in searches.duels):
             below.legend(loc="lower right", fontsize=6.5, ncols=2)
+        else:
+            say(below, "no two compared arms have searched enough points")
     return figure
 
 
