@@ -44,8 +44,11 @@ SCHEMAS = ("dc11669786a5",)
 QUIET_NS = 2 * 10**9
 """a file that was changed so many nanoseconds ago may be changed again without a new time stamp"""
 
-THREADS = 8
-"""requests a tracking server gets at a time"""
+THREADS = 4
+"""requests for points that a tracking server gets at a time"""
+
+PATIENCE = 300
+"""seconds that it may take over one; a server that is not there refuses at once"""
 
 
 class Unreadable(RuntimeError):
@@ -387,7 +390,7 @@ def _from_client(experiment: str, uri: str) -> tuple[dict[str, Run], pa.Table]:
     metrics: dict[str, list[str]] = {}
     token: str | None = "" if found is not None and found.lifecycle_stage == "active" else None
     while token is not None:
-        page = client.search_runs([found.experiment_id], max_results=1000, page_token=token or None)
+        page = client.search_runs([found.experiment_id], max_results=200, page_token=token or None)
         for run in page:
             runs.append(Run(run.info.run_id, run.info.status, run.info.start_time, run.data.tags))
             metrics[run.info.run_id] = sorted(run.data.metrics)
@@ -437,7 +440,7 @@ def _histories_of_metric(client: Any, metric: str, run_ids: Sequence[str]) -> li
     left, out = sorted(run_ids), list[tuple[str, Logged]]()
     while left:
         asked = {"run_id": left, "metric_key": metric, "max_results": POINTS_A_CALL}
-        answer = http_request(client._tracking_client.store.get_host_creds(), endpoint, "GET", params=asked)
+        answer = http_request(client._tracking_client.store.get_host_creds(), endpoint, "GET", params=asked, timeout=PATIENCE)
         if answer.status_code == 404:  # no MLflow server, or one without its pages
             return out + [(run_id, row) for run_id in left for row in _history(client, run_id, metric)]
         found = verify_rest_response(answer, endpoint).json()["metrics"]
