@@ -12,8 +12,8 @@ from typing import Any
 
 from harness.config import Trial
 
-BY_ARM = "by-arm"
-"""the view that `address` opens"""
+BY_ARM, BY_EPOCH = "by-arm", "by-epoch"
+"""ids of views"""
 
 _VIEW, _NOTE = "mlflow.sharedViewState.", "mlflow.note.content"
 
@@ -25,40 +25,43 @@ _COLUMNS = [
     *(f"tags.`{tag}`" for tag in ("arm", "phase", "point", "seed")),
 ]
 
-_BY_EPOCH = {"xAxisKey": "metric", "selectedXAxisMetricKey": "epoch"}
-"""steps are not comparable between batch sizes; every value stands at a step that has an epoch"""
+_EPOCH = {"xAxisKey": "metric", "selectedXAxisMetricKey": "epoch"}
+_STEP = {"xAxisKey": "step", "selectedXAxisMetricKey": ""}
+"""for means over groups: there MLflow 3.17 takes the first epochs logged for those of the values, which are fewer"""
 
-_VAL_TOP1 = {
-    "type": "LINE", "uuid": "val-top1", "metricSectionId": "first", "metricKey": "val/top1", "displayName": "val/top1",
-    "isGenerated": False, "deleted": False, "runsCountToCompare": 10, "scaleType": "linear", "xAxisScaleType": "linear", **_BY_EPOCH,
-    "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True, "lineSmoothness": 0, "yAxisKey": "metric", "yAxisExpressions": [],
-    "ignoreOutliers": False, "range": {},
-}  # fmt: skip
 
-_FIRST_SECTION = {
-    "uuid": "first", "name": "val/top1 by epoch", "columns": 1,
-    "display": True, "isReordered": True, "deleted": False, "isGenerated": False,
-}  # fmt: skip
+def _view(x_axis: Mapping[str, str], **more: Any) -> dict[str, Any]:
+    """Columns, and charts against `x_axis`, val/top1 before all others."""
+    card = {
+        "type": "LINE", "uuid": "val-top1", "metricSectionId": "first", "metricKey": "val/top1", "displayName": "val/top1",
+        "isGenerated": False, "deleted": False, "runsCountToCompare": 10, "scaleType": "linear", "xAxisScaleType": "linear", **x_axis,
+        "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True, "lineSmoothness": 0, "yAxisKey": "metric", "yAxisExpressions": [],
+        "ignoreOutliers": False, "range": {},
+    }  # fmt: skip
+    section = {
+        "uuid": "first", "name": "val/top1 (reported)", "columns": 1,
+        "display": True, "isReordered": True, "deleted": False, "isGenerated": False,
+    }  # fmt: skip
+    return {
+        "selectedColumns": _COLUMNS, "columnOrder": [_NAME, *_COLUMNS], "columnWidths": {_NAME: 320}, "runsHiddenMode": "SHOW_ALL",
+        "globalLineChartConfig": {**x_axis, "lineSmoothness": 0}, "compareRunCharts": [card], "compareRunSections": [section],
+        "isAccordionReordered": True, **more,
+    }  # fmt: skip
 
-_COMMON: Mapping[str, Any] = {
-    "selectedColumns": _COLUMNS, "columnOrder": [_NAME, *_COLUMNS], "columnWidths": {_NAME: 320}, "runsHiddenMode": "SHOW_ALL",
-    "globalLineChartConfig": {**_BY_EPOCH, "lineSmoothness": 0},
-    "compareRunCharts": [_VAL_TOP1], "compareRunSections": [_FIRST_SECTION], "isAccordionReordered": True,
-}  # fmt: skip
 
 _BY_ARM_AND_PHASE = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": tag} for tag in ("arm", "phase")]}
 
-_VIEWS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    BY_ARM: ("By arm", {**_COMMON, "groupBy": _BY_ARM_AND_PHASE}),
-    "every-run": ("Every run", _COMMON),
-    "not-finished": ("Not finished", {**_COMMON, "searchFilter": "tags.state != 'finished'"}),
+_VIEWS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    BY_ARM: ("By arm", _view(_STEP, groupBy=_BY_ARM_AND_PHASE)),
+    BY_EPOCH: ("By epoch", _view(_EPOCH)),
+    "not-finished": ("Not finished", _view(_EPOCH, searchFilter="tags.state != 'finished'")),
 }
 """id -> (name in the menu, what differs from the UI's defaults)"""
 
 NOTE = """\
 A run is a trial, named by its arm, phase, point (the same for all seeds of a configuration) and seed. The **Views** menu has the runs
-by arm, every run, and those that have not finished; their charts are by epoch. The line of a group is the mean of those of its runs that
-have a value there, the band goes from the lowest to the highest.
+*by arm* and phase (charts by step, a line is the mean of those runs of a group that have a value there, its band from the lowest to the
+highest), every run *by epoch*, and those that are *not finished*.
 
 To search: `tags.state = 'finished'`, `tags.arm = 'NAME'`, `tags.phase = 'finalists'`, `tags.point = 'POINT'`.
 
@@ -85,7 +88,7 @@ def experiment_tags(created: int) -> dict[str, str]:
     return tags
 
 
-def address(server: str, experiment_id: str) -> str:
-    """Where a study's runs are shown by arm. Without the type of workflow a fresh browser is shown traces, of which there are none."""
-    asked = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={BY_ARM}"
+def address(server: str, experiment_id: str, view: str = BY_ARM) -> str:
+    """Where a view of a study is. Without the type of workflow a fresh browser is shown traces, of which there are none."""
+    asked = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={view}"
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{asked}"

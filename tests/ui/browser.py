@@ -66,6 +66,14 @@ class Browser:
         """The elements there are now."""
         return self.chrome.find_elements(By.CSS_SELECTOR, css)
 
+    def texts(self, css: str) -> list[str]:
+        """What such elements say, read in one go: a table is drawn anew while it is read."""
+        return [
+            text
+            for text in self.script("return Array.from(document.querySelectorAll(arguments[0])).map(e => e.innerText.trim())", css)
+            if text
+        ]
+
     def click(self, css: str, text: str | None = None) -> None:
         """The innermost such element, of this very text, as soon as it is there and can be clicked."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +45,7 @@ def page(browser: Browser) -> Iterator[Browser]:
 
 def listed(page: Browser) -> list[str]:
     """The names of the runs in the table."""
-    return sorted(link.text for link in page.all(".ag-root a[href*='/runs/']") if link.text)
+    return sorted(page.texts(".ag-root a[href*='/runs/']"))
 
 
 def lists(page: Browser, *wanted: str) -> None:
@@ -55,7 +54,8 @@ def lists(page: Browser, *wanted: str) -> None:
 
 
 def without_view(address: str) -> str:
-    return re.sub("&(compareRunsMode|viewStateShareKey)=[^&]*", "", address)
+    """And without the filter that an earlier test typed, which the browser remembers."""
+    return re.sub("&(compareRunsMode|viewStateShareKey)=[^&]*", "", address) + "&searchFilter="
 
 
 def test_runs_are_named_by_arm_phase_point_and_seed(page: Browser, address: str, names: dict[str, str]) -> None:
@@ -74,9 +74,8 @@ def test_the_menu_has_a_view_by_arm_with_states_and_parameters(page: Browser, ad
     for arm in STUDY["arms"]:
         for phase in ("search", "finalists"):
             page.says(f"Group: arm: {arm}, phase: {phase}")
-    page.until("columns", lambda: {"state", "epoch", "val/top1", "optimizer.lr"} <= {cell.text for cell in page.all(".ag-header-cell")})
-    states = page.until("states", lambda: [cell.text for cell in page.all(".ag-row [col-id='tags.`state`']") if cell.text.strip()])
-    assert set(states) - {"-"} == {"finished"}
+    page.until("columns", lambda: {"state", "epoch", "val/top1", "optimizer.lr"} <= set(page.texts(".ag-header-cell")))
+    page.until("states", lambda: set(page.texts(".ag-row [col-id='tags.`state`']")) - {"-"} == {"finished"})
 
 
 def test_a_search_string_that_is_typed_filters(page: Browser, address: str, names: dict[str, str]) -> None:
@@ -93,30 +92,37 @@ def test_a_search_string_that_is_typed_filters(page: Browser, address: str, name
         lists(page, *wanted)
 
 
-def test_val_top1_is_drawn_by_epoch_with_a_line_an_arm(page: Browser, address: str, store: Store) -> None:
-    page.open(address)
-    page.click("[data-component-id='mlflow.assistant.chat_panel.close']")  # it opens itself in a new profile
+def drawn(page: Browser, wanted: list[list[list[float]]]) -> None:
+    """Waits until the first chart has lines with these points, [x, y] each, in any order, and shows as many curves."""
 
-    def drawn() -> dict[str, Any]:
-        """The chart's lines, by the color that the legend's name has, once as many as there are groups."""
-        (chart,) = page.all(".js-plotly-plot")[:1]
-        lines = page.script(
-            "return arguments[0].data.filter(t => (t.mode || '') === 'lines+markers')"
-            ".map(t => ({x: Array.from(t.x), y: Array.from(t.y), color: t.line.color}))",
-            chart,
+    def lines() -> bool:
+        found = page.script(
+            "return document.querySelector('.js-plotly-plot').data.filter(t => t.mode === 'lines+markers')"
+            ".map(t => [Array.from(t.x), Array.from(t.y)])"
         )
-        return {"chart": chart, "lines": lines} if len(lines) == 4 else {}
+        return len(found) == len(wanted) and np.allclose(sorted(found), sorted(wanted), rtol=1e-12, atol=0)
 
-    found = page.until("the lines of val/top1", drawn)
+    def curves() -> bool:
+        lengths = page.script("return Array.from(document.querySelectorAll('.js-plotly-plot path.js-line')).map(p => p.getTotalLength())")
+        return sum(length > 100 for length in lengths) >= len(wanted)
+
+    page.until(f"lines through {wanted}", lines)
+    page.until("curves on the page", curves)
+
+
+def test_val_top1_has_a_line_an_arm_and_phase(page: Browser, address: str, store: Store) -> None:
+    page.open(address)
     history = runs.history(NAME, store.root).dropna(subset="val/top1")
-    means = history.groupby(["arm", "phase", "epoch"])["val/top1"].mean().groupby(["arm", "phase"]).agg(list)
-    wanted = sorted(means.to_list())
-    assert [line["x"] for line in found["lines"]] == [[1, 2, 3, 4, 5, 6, 7]] * 4
-    np.testing.assert_allclose(sorted(line["y"] for line in found["lines"]), wanted, rtol=1e-12)
-    for arm, phase in means.index:
+    means = history.groupby(["arm", "phase", "step"])["val/top1"].mean().reset_index("step").groupby(["arm", "phase"])
+    drawn(page, [[group["step"].to_list(), group["val/top1"].to_list()] for _, group in means])
+    for arm, phase in means.groups:
         page.says(f"arm: {arm}, phase: {phase} (val/top1)")  # the legend
-    strokes = page.script("return Array.from(arguments[0].querySelectorAll('path.js-line')).map(p => p.getTotalLength())", found["chart"])
-    assert sum(length > 100 for length in strokes) >= 4, "curves are on the page, not only in its data"
+
+
+def test_val_top1_is_compared_by_epoch(page: Browser, address: str, store: Store) -> None:
+    page.open(address.replace(ui.BY_ARM, ui.BY_EPOCH))
+    history = runs.history(NAME, store.root).dropna(subset="val/top1")
+    drawn(page, [[group["epoch"].to_list(), group["val/top1"].to_list()] for _, group in history.groupby("trial_id")])
 
     PICTURE.parent.mkdir(exist_ok=True)
     page.chrome.save_screenshot(str(PICTURE))

@@ -26,10 +26,9 @@ def test_views_are_as_mlflow_saves_them_in_the_order_of_the_menu() -> None:
     views = {key.removeprefix("mlflow.sharedViewState."): json.loads(value) for key, value in tags.items() if "View" in key}
     assert ui.BY_ARM in views and all(len(value) <= 5000 for value in tags.values())
     newest_first = sorted(views.values(), key=lambda view: -view["createdAt"])
-    assert [view["name"] for view in newest_first] == ["By arm", "Every run", "Not finished"]
-    for view in views.values():
-        assert set(view) == {"name", "createdAt", "updatedAt", "state"}
-        assert json.loads(view["state"])["globalLineChartConfig"]["selectedXAxisMetricKey"] == "epoch"
+    assert [view["name"] for view in newest_first] == ["By arm", "By epoch", "Not finished"]
+    assert all(set(view) == {"name", "createdAt", "updatedAt", "state"} for view in views.values())
+    assert json.loads(views[ui.BY_EPOCH]["state"])["globalLineChartConfig"]["selectedXAxisMetricKey"] == "epoch"
     assert json.loads(views[ui.BY_ARM]["state"])["groupBy"]["groupByKeys"][0] == {"mode": "tag", "groupByData": "arm"}
 
 
