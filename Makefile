@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: faults soak setup demo test unit lint integration test-slurm slurm-up slurm-down bench bench-data bench-read calibrate results equivalence gpu-check clean
+.PHONY: faults soak setup demo test unit lint integration test-ui test-slurm slurm-up slurm-down bench bench-data bench-read calibrate results equivalence gpu-check clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.installed
@@ -32,9 +32,12 @@ demo: setup data/mnist5k
 	@$(BIN)/wrbench report configs/study/demo.yaml
 	@echo "MLflow UI:  .venv/bin/wrbench ui"
 
+CHROMIUM_INSTALLED := command -v chromium > /dev/null && command -v chromedriver > /dev/null
 SLURM_INSTALLED := $(BIN)/python -c "from tests.slurm.cluster import missing; raise SystemExit(bool(missing()))"
 
 test: lint unit integration  # installs packages of the system only with CI=true, on machines that are thrown away
+	@if test "$$CI" = true || { $(CHROMIUM_INSTALLED); }; then $(MAKE) --no-print-directory test-ui; \
+		else echo "Tests of MLflow's UI: NOT RUN, Chromium is not installed; make test-ui installs it (as root on Debian) and runs them"; fi
 	@if test "$$CI" = true || $(SLURM_INSTALLED); then $(MAKE) --no-print-directory test-slurm; \
 		else echo "SLURM tests: NOT RUN, SLURM is not installed; make test-slurm installs it (as root on Debian or Ubuntu) and runs them"; fi
 
@@ -48,6 +51,10 @@ unit: setup
 
 integration: setup
 	@$(BIN)/python -m pytest tests/integration
+
+test-ui: setup
+	@{ $(CHROMIUM_INSTALLED); } || tests/ui/install.sh
+	@$(BIN)/python -m pytest tests/ui
 
 test-slurm: setup
 	@$(SLURM_INSTALLED) || tests/slurm/install.sh

@@ -41,7 +41,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from harness import journal
+from harness import journal, ui
 from harness.config import BadInput, Trial
 from harness.journal import Point, Record
 from harness.store import Store, TrialFolder, write_atomically
@@ -146,10 +146,11 @@ def check_store(store: Store) -> None:
 
 
 def open_ui(store: Store, port: int) -> None:
-    """Prints the address of MLflow's UI on the store; for a store in a database, becomes that UI until it is told to end."""
+    """Prints the addresses of MLflow's UI and of the studies in it; for a store in a database, becomes that UI until it is told to end."""
     uri = tracking_uri(store)
     if _scheme(uri) in ("http", "https"):
-        print(f"MLflow UI: {redacted(uri)}", flush=True)
+        print(f"MLflow UI: {redacted(uri)}")
+        _print_studies(store, re.sub(r"://\S*@", "://", uri))
         return
     check_store(store)
     try:
@@ -157,11 +158,23 @@ def open_ui(store: Store, port: int) -> None:
             pass
     except OSError as error:
         raise BadInput(f"--port {port}: {error.strerror}; e.g. --port {port + 1}") from None
-    print(f"MLflow UI: http://127.0.0.1:{port}", flush=True)
+    print(f"MLflow UI: http://127.0.0.1:{port}")
+    _print_studies(store, f"http://127.0.0.1:{port}")
     # by the environment, since a database's password would show among the arguments
     environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **_QUIET}
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def _print_studies(store: Store, server: str) -> None:
+    """A line for each study that was delivered to the tracking store in use, as the store's own files tell."""
+    delivered_to = f"{redacted(tracking_uri(store))} "
+    for study in sorted(path.parent.name for path in store.root.glob("*/trials")):
+        cursors = filter(None, map(_last_cursor, store.trials(study)))
+        identity = next((cursor["to"] for cursor in cursors if cursor["to"].startswith(delivered_to)), None)
+        if identity is not None:
+            print(f"  {study}: {ui.address(server, identity.split()[-2])}")
+    sys.stdout.flush()
 
 
 _QUIET = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
@@ -194,7 +207,7 @@ class Delivered:
 
 
 @dataclass(frozen=True)
-class _Experiment:
+class Experiment:
     """Where a study is delivered to."""
 
     client: Any
@@ -220,16 +233,16 @@ def deliver(
     counts: list[int | None] = []
     failed: list[str] = []
     until = time.monotonic() + patience
-    experiment = _experiment(store, study, tracking_uri)
+    experiment = open_experiment(store, study, tracking_uri)
     for folder in folders:
         try:
-            with _alone(folder.path / "delivery.lock", until) as alone:
+            with held_alone(folder.path / "delivery.lock", until) as alone:
                 if alone:
                     counts.append(_deliver_trial(experiment, folder))
         except Exception as error:
             _cursor_file(folder).unlink(missing_ok=True)  # whatever was wrong, begin with what MLflow itself has
-            failed.append(f"{folder.path.name}: {_line(error)}")
-            experiment = _experiment(store, study, tracking_uri)  # raises when it is MLflow that is gone
+            failed.append(f"{folder.path.name}: {one_line(error)}")
+            experiment = open_experiment(store, study, tracking_uri)  # raises when it is MLflow that is gone
     sent = [n for n in counts if n is not None]
     return Delivered(len(sent), sum(sent), tuple(failed))
 
@@ -241,7 +254,7 @@ def _folders(store: Store, study: str, trials: Collection[str] | None = None) ->
 
 
 @contextmanager
-def _alone(path: Path, until: float) -> Iterator[bool]:
+def held_alone(path: Path, until: float) -> Iterator[bool]:
     """Whether this process alone holds the lock: False if another one still does so at the time `until`.
 
     True on a file system without locks: two deliveries then send the same, and of two runs one goes, see `_find_run`.
@@ -262,12 +275,12 @@ def _alone(path: Path, until: float) -> Iterator[bool]:
             return
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(redacted(str(error) or type(error).__name__).split())[:600]
 
 
-def _experiment(store: Store, study: str, uri: str | None) -> _Experiment:
-    """The study's experiment, made once. Raises DeliveryError."""
+def open_experiment(store: Store, study: str, uri: str | None) -> Experiment:
+    """The study's experiment, made once, with what MLflow's UI shows of it. Raises DeliveryError."""
     uri = uri or tracking_uri(store)
     # a server knows where its artifacts belong; a bare database does not
     artifacts = None if _scheme(uri) in ("http", "https") else (store.study(study) / "artifacts").as_uri()
@@ -276,11 +289,15 @@ def _experiment(store: Store, study: str, uri: str | None) -> _Experiment:
             client = _client(uri)
             found = client.get_experiment_by_name(study) or _made(client, study, artifacts)
     except Exception as error:  # MLflow's, SQLAlchemy's, requests': whatever it is, nothing can be delivered now
-        raise DeliveryError(f"MLflow at {redacted(uri)}: {_line(error)}") from None
+        raise DeliveryError(f"MLflow at {redacted(uri)}: {one_line(error)}") from None
     if found.lifecycle_stage != "active":
         raise DeliveryError(f"MLflow at {redacted(uri)}: experiment {study} is deleted; `mlflow experiments restore` brings it back")
+    with suppress(Exception):  # looks only: a server that lets nobody change an experiment takes runs all the same
+        for key, value in ui.experiment_tags(found.creation_time).items():
+            if key not in found.tags:  # a description that somebody wrote, a view that somebody changed stay
+                client.set_experiment_tag(found.experiment_id, key, value)
     identity = f"{redacted(uri)} {found.experiment_id} {found.creation_time}"
-    return _Experiment(client, found.experiment_id, identity, own=uri == _own_uri(store))
+    return Experiment(client, found.experiment_id, identity, own=uri == _own_uri(store))
 
 
 @contextmanager
@@ -294,7 +311,7 @@ def _database_made_once(uri: str) -> Iterator[None]:
         yield
         return
     path = Path(uri.removeprefix("sqlite:///"))
-    with _alone(path.with_name(f".{path.name}.lock"), time.monotonic() + PATIENCE):
+    with held_alone(path.with_name(f".{path.name}.lock"), time.monotonic() + PATIENCE):
         if not path.exists():
             for unfinished in path.parent.glob(f".{path.name}.*/"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -317,7 +334,7 @@ def _made(client: Any, study: str, artifacts: str | None) -> Any:
     return client.get_experiment_by_name(study)
 
 
-def _deliver_trial(to: _Experiment, folder: TrialFolder) -> int | None:
+def _deliver_trial(to: Experiment, folder: TrialFolder) -> int | None:
     """The points sent; None when nothing was new."""
     cursor = _cursor(folder, to)
     running = folder.is_running()  # before the journal is read: see Record.state
@@ -345,7 +362,7 @@ def _cursor_file(folder: TrialFolder) -> Path:
     return folder.path / "delivered.json"
 
 
-def _cursor(folder: TrialFolder, to: _Experiment) -> dict[str, Any] | None:
+def _cursor(folder: TrialFolder, to: Experiment) -> dict[str, Any] | None:
     """What was delivered to this experiment."""
     cursor = _last_cursor(folder)
     return cursor if cursor and cursor["to"] == to.identity else None
@@ -388,7 +405,7 @@ def _event_after(path: Path, offset: int) -> bool:
         return b'"event"' in file.read()
 
 
-def _find_run(to: _Experiment, trial_id: str, record: Record) -> tuple[Any, list[Any]]:
+def _find_run(to: Experiment, trial_id: str, record: Record) -> tuple[Any, list[Any]]:
     """(the trial's run or None, runs of this trial that another journal began).
 
     Two runs of one journal can only come of a file system without locks; the first by run_id counts, and the other is deleted.
@@ -401,7 +418,7 @@ def _find_run(to: _Experiment, trial_id: str, record: Record) -> tuple[Any, list
     return (ours[0] if ours else None), [run for run in found if run.info.start_time != record.first_timestamp]
 
 
-def _run_of(to: _Experiment, folder: TrialFolder, record: Record) -> str:
+def _run_of(to: Experiment, folder: TrialFolder, record: Record) -> str:
     """The id of the trial's run, made unless it is there, complete but for metrics and state."""
     trial = folder.read_config()
     run, foreign = _find_run(to, trial.trial_id, record)
@@ -414,8 +431,8 @@ def _run_of(to: _Experiment, folder: TrialFolder, record: Record) -> str:
         to.client.delete_run(old.info.run_id)
     if run is None:
         tags = {key: str(getattr(trial, key)) for key in ("study", "arm", "seed", "phase", "trial_id")}
-        name = f"{trial.arm} seed {trial.seed} {trial.trial_id[:8]}"
-        made = to.client.create_run(to.id, start_time=record.first_timestamp, tags=tags, run_name=name)
+        tags["point"] = ui.point(trial)
+        made = to.client.create_run(to.id, start_time=record.first_timestamp, tags=tags, run_name=ui.run_name(trial))
         run = _find_run(to, trial.trial_id, record)[0] or made
     if "state" not in run.data.tags:  # the state comes last: without it somebody may have died here
         from mlflow.entities import Param
@@ -430,7 +447,7 @@ def _log_text(client: Any, run_id: str, text: str, name: str) -> None:
     try:
         client.log_text(run_id, text, name)
     except Exception as error:
-        client.set_tag(run_id, name.partition(".")[0], f"{name} is not stored: {_line(error)}")
+        client.set_tag(run_id, name.partition(".")[0], f"{name} is not stored: {one_line(error)}")
 
 
 def _log_diff(client: Any, run_id: str, folder: TrialFolder, code: str | None, before: str | None) -> None:
@@ -502,16 +519,16 @@ def missing(store: Store, study: str, tracking_uri: str | None = None) -> list[M
     folders = _folders(store, study)
     if not folders:
         return []
-    to = _experiment(store, study, tracking_uri)
+    to = open_experiment(store, study, tracking_uri)
     try:
         return [m for m in (_missing_of(to, folder) for folder in folders) if m is not None]
     except BadInput:
         raise
     except Exception as error:
-        raise DeliveryError(f"MLflow: {_line(error)}") from None
+        raise DeliveryError(f"MLflow: {one_line(error)}") from None
 
 
-def _missing_of(to: _Experiment, folder: TrialFolder) -> Missing | None:
+def _missing_of(to: Experiment, folder: TrialFolder) -> Missing | None:
     running = folder.is_running()
     record = journal.fold(journal.read(folder.journal))
     if record.first_timestamp is None:
@@ -665,7 +682,7 @@ class _Deliverer:
                 failures = deliver(self.store, self.study, self.trials, patience=PATIENCE if last else 0.0).failed
                 self.compared = True
         except Exception as error:  # a delivering process never dies of what it delivers, or to whom
-            failures = (_line(error),)
+            failures = (one_line(error),)
         for failure in failures:
             if failure not in self.failures:  # a server may be down for days
                 _log(self.log, failure)

@@ -21,6 +21,7 @@ import typer
 from harness import study as studies
 from harness import tracking
 from harness.config import CONFIGS, BadInput, Slurm, Trial, find, parse, read_cluster, read_yaml
+from harness.publish import publish
 from harness.store import Store
 from harness.study import LoadedStudy
 from harness.tracking import DeliveryError
@@ -321,7 +322,7 @@ def report(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -
 
 
 def deliver_and_report(loaded: LoadedStudy, store: Store) -> int:
-    """Delivers what MLflow lacks, writes the report and prints where; the exit status."""
+    """Delivers what MLflow lacks, writes the report, prints where, and has MLflow show it too; the exit status."""
     from analysis import report as reports
     from analysis.runs import Unreadable
 
@@ -330,9 +331,13 @@ def deliver_and_report(loaded: LoadedStudy, store: Store) -> int:
     except DeliveryError as error:
         undelivered = [str(error)]
     try:
-        print(reports.report(loaded, store.root, undelivered=undelivered))
+        print(reports.report(loaded, store.root, undelivered=undelivered), flush=True)
     except Unreadable as error:
         return _complain(str(error), 1)
+    try:
+        publish(store, loaded.name)
+    except DeliveryError as error:
+        print(f"warning: the report is not in MLflow: {error}", file=sys.stderr)
     return _complain("\n".join(undelivered), 1) if undelivered else 0
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from harness import journal, tracking
+from harness import journal, tracking, ui
 from harness.config import Trial
 from harness.journal import Journal
 from harness.store import Store, close
@@ -147,16 +147,32 @@ def test_a_run_says_what_the_journal_settles(store: Store) -> None:
 
     last, record = run(store), life.record()
     assert last.info.run_id == first.info.run_id == tracking.run_id(life.folder)
-    assert last.info.run_name == f"AdamWR seed 3 {life.id[:8]}"
+    assert last.info.run_name == ui.run_name(life.trial)
     assert (last.info.status, last.info.start_time, last.info.end_time) == ("FINISHED", record.first_timestamp, record.last_timestamp)
     assert last.data.params == tracking.params(life.trial)
     wanted = {"study": STUDY, "arm": "AdamWR", "seed": "3", "phase": "search", "trial_id": life.id, "attempt": "1", "state": "finished"}
-    wanted |= {"world_size": "2", "backend": "ddp", "host": "n1", "commit": "c0ffee1"}
+    wanted |= {"point": ui.point(life.trial), "world_size": "2", "backend": "ddp", "host": "n1", "commit": "c0ffee1"}
     wanted |= {"python": "3.11.2", "torch": "2.13.0", "deepspeed": "0.19.2"}
     assert {key: value for key, value in last.data.tags.items() if not key.startswith("mlflow.")} == wanted
     artifacts = list((store.study(STUDY) / "artifacts").rglob("config.yaml"))
     assert [path.read_text() for path in artifacts] == [life.folder.config.read_text()]
     assert [r[0] for r in rows(store, "SELECT name FROM experiments WHERE name != 'Default'")] == [STUDY]
+
+
+def test_what_the_ui_shows_of_a_study_is_set_once_and_left_to_its_readers(store: Store) -> None:
+    finished(store)
+    tracking.deliver(store, STUDY)
+    client = tracking._client(tracking.tracking_uri(store))
+    experiment = client.get_experiment_by_name(STUDY)
+    wanted = ui.experiment_tags(experiment.creation_time)
+    assert experiment.tags.items() >= wanted.items()
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.note.content", "ours")
+    client.delete_experiment_tag(
+        experiment.experiment_id, f"mlflow.sharedViewState.{ui.BY_ARM}"
+    )  # as of a study begun before there were views
+    finished(store, seed=1)
+    tracking.deliver(store, STUDY)
+    assert client.get_experiment_by_name(STUDY).tags.items() >= (wanted | {"mlflow.note.content": "ours"}).items()
 
 
 def test_killed_resumed_and_finished_is_one_run_without_duplicates(store: Store) -> None:
@@ -582,6 +598,22 @@ def test_a_server_that_was_down_gets_everything_once_it_is_up(server: Server, st
     assert not (store.study(STUDY) / "artifacts").exists()  # a server has a place of its own for them
     address = f"{server.url}/get-artifact?path=config.yaml&run_uuid={tracking.run_id(lives[0].folder)}"
     assert urllib.request.urlopen(address).read() == lives[0].folder.config.read_bytes()
+
+
+def test_the_addresses_of_studies_are_those_of_the_tracking_store_in_use(
+    server: Server, store: Store, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without asking a server, and without the login."""
+    server.start()
+    finished(store, study="embedded only")
+    tracking.deliver(store, "embedded only")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url.replace("://", "://ann:s3cret@"))
+    finished(store, study="shown")
+    tracking.deliver(store, "shown")
+    experiment = tracking._client(server.url).get_experiment_by_name("shown").experiment_id
+    tracking.open_ui(store, 1)
+    shown = capfd.readouterr().out.splitlines()
+    assert shown == [f"MLflow UI: {server.url.replace('://', '://***@')}", f"  shown: {ui.address(server.url, experiment)}"]
 
 
 def test_nan_and_inf_through_a_server(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

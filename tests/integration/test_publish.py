@@ -1,0 +1,123 @@
+"""The report as a run of its study in a real MLflow, which nobody takes for a trial."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import runs
+from harness import tracking
+from harness.publish import NOTE_LIMIT, publish
+from harness.store import Store
+from launch import __main__ as command
+from launch import status
+from tests import mlflow_server, synthetic
+from tests.mlflow_server import Answer, Relay, Server
+
+NAME = "synthetic"
+FILES = {"report.html": "<p>one</p>", "table.md": "# one\n\nwords\n", "summary.json": "{}"}
+
+
+@pytest.fixture
+def store(synthetic_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A copy to change, with a report whose contents do not matter here."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = shutil.copytree(synthetic_store, tmp_path / "runs")
+    write(Store(root), FILES)
+    return Store(root)
+
+
+def write(store: Store, files: dict[str, str]) -> None:
+    folder = store.study(NAME) / "report"
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+def reports(uri: str) -> list[Any]:
+    client = tracking._client(uri)
+    return list(client.search_runs([client.get_experiment_by_name(NAME).experiment_id], "tags.kind = 'report'"))
+
+
+def artifacts(uri: str, run: Any, folder: Path) -> dict[str, str]:
+    tracking._client(uri).download_artifacts(run.info.run_id, "", str(folder))
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_report_is_one_run_that_follows_it(store: Store, tmp_path: Path) -> None:
+    uri = tracking.tracking_uri(store)
+    (store.study(NAME) / "report" / ".table.md.x1").write_text("half a file that is being written")
+    assert publish(store, NAME)
+    (run,) = reports(uri)
+    assert (run.info.run_name, run.info.status) == ("report", "FINISHED")
+    assert run.data.tags["mlflow.note.content"] == FILES["table.md"]
+    (tmp_path / "one").mkdir()
+    assert artifacts(uri, run, tmp_path / "one") == FILES
+
+    assert not publish(store, NAME)
+    assert reports(uri)[0].data.tags == run.data.tags
+    more = {"report.html": "<p>two</p>", "table.md": "# two\n\n" + "a paragraph of some length\n\n" * 1000}
+    write(store, more)
+    assert publish(store, NAME)
+    (again,) = reports(uri)
+    assert again.info.run_id == run.info.run_id
+    (tmp_path / "two").mkdir()
+    assert artifacts(uri, again, tmp_path / "two") == FILES | more
+    note = again.data.tags["mlflow.note.content"]
+    assert len(note) <= NOTE_LIMIT and note.startswith("# two\n\na paragraph") and note.endswith("length\n\n(the rest is in table.md)")
+
+
+def test_nobody_takes_it_for_a_trial(store: Store) -> None:
+    before = runs.trials(NAME, store.root), runs.history(NAME, store.root), runs.check(NAME, store.root)
+    loaded = synthetic.study.load(store.study(NAME) / "study.yaml")
+    rows = status.rows(loaded, store)
+    assert publish(store, NAME)
+    for table, then in zip((runs.trials, runs.history, runs.check), before, strict=True):
+        assert table(NAME, store.root).equals(then)
+    assert status.rows(loaded, store) == rows
+    assert tracking.undelivered(store, NAME) == [] and tracking.missing(store, NAME) == []
+    assert tracking.sync(store, NAME) == (tracking.Delivered(0, 0), [])
+
+
+def test_a_study_that_never_began_stays_unknown_to_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = Store(tmp_path)
+    synthetic.write_study(store, synthetic.STUDY)
+    write(store, FILES)
+    assert not publish(store, NAME)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_server_that_takes_no_artifacts_costs_a_line_and_gets_them_later(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`wrbench report`: the files are there, the status is 0, and the next report sends them."""
+    (tmp_path / "server").mkdir()
+    (tmp_path / "empty").mkdir()
+    closed = True
+
+    def refuse(request: BaseHTTPRequestHandler) -> Answer | None:
+        return (403, {}, b"read only") if closed and request.command == "PUT" and "report.html" in request.path else None
+
+    monkeypatch.setattr(sys, "argv", ["wrbench", "report", str(store.study(NAME) / "study.yaml"), "--store", str(store.root)])
+    with Server(tmp_path / "server", mlflow_server.empty_database(tmp_path / "empty")) as server:
+        server.start()
+        with Relay(server.url, refuse) as relay:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url)
+            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+            assert command.run(command.app) == 0
+            out, err = capfd.readouterr()
+            page = store.study(NAME) / "report" / "report.html"
+            assert out == f"{page}\n" and page.stat().st_size > 100_000
+            assert err.startswith("warning: the report is not in MLflow: ") and len(err.splitlines()) == 1
+            closed = False
+            assert command.run(command.app) == 0
+            assert capfd.readouterr() == (f"{page}\n", "")
+            assert not publish(store, NAME)
+            (run,) = reports(relay.url)
+            assert {item.path for item in tracking._client(relay.url).list_artifacts(run.info.run_id)} >= {"report.html", "table.csv"}
