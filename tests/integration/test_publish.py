@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import sys
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from analysis import runs
-from harness import tracking
+from harness import study, tracking
 from harness.publish import NOTE_LIMIT, publish
 from harness.store import Store
 from launch import __main__ as command
@@ -27,9 +29,11 @@ FILES = {"report.html": "<p>one</p>", "table.md": "# one\n\nwords\n", "summary.j
 def store(synthetic_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A copy to change, with a report whose contents do not matter here."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    root = shutil.copytree(synthetic_store, tmp_path / "runs")
-    write(Store(root), FILES)
-    return Store(root)
+    store = Store(shutil.copytree(synthetic_store, tmp_path / "runs"))
+    with closing(sqlite3.connect(store.root / "mlflow.db")) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = ? WHERE name = ?", [(store.study(NAME) / "artifacts").as_uri(), NAME])
+    write(store, FILES)
+    return store
 
 
 def write(store: Store, files: dict[str, str]) -> None:
@@ -73,8 +77,9 @@ def test_a_report_is_one_run_that_follows_it(store: Store, tmp_path: Path) -> No
 
 
 def test_nobody_takes_it_for_a_trial(store: Store) -> None:
+    tracking.deliver(store, NAME)  # the copy knows of no delivery
     before = runs.trials(NAME, store.root), runs.history(NAME, store.root), runs.check(NAME, store.root)
-    loaded = synthetic.study.load(store.study(NAME) / "study.yaml")
+    loaded = study.load(store.study(NAME) / "study.yaml")
     rows = status.rows(loaded, store)
     assert publish(store, NAME)
     for table, then in zip((runs.trials, runs.history, runs.check), before, strict=True):
@@ -94,11 +99,16 @@ def test_a_study_that_never_began_stays_unknown_to_mlflow(tmp_path: Path, monkey
 
 
 def test_a_server_that_takes_no_artifacts_costs_a_line_and_gets_them_later(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """`wrbench report`: the files are there, the status is 0, and the next report sends them."""
     (tmp_path / "server").mkdir()
     (tmp_path / "empty").mkdir()
+    store = Store(tmp_path / "runs")
+    one_arm = {"arms": {"AdamWR": synthetic.STUDY["arms"]["AdamWR"]}, "search": {"points": 1, "seeds": 1}, "finalists": None}
+    (planned,) = study.planned(synthetic.write_study(store, synthetic.STUDY | one_arm), {})
+    assert planned.trial is not None
+    synthetic.write_trial(store, planned.trial)
     closed = True
 
     def refuse(request: BaseHTTPRequestHandler) -> Answer | None:

@@ -605,8 +605,8 @@ def test_the_addresses_of_studies_are_those_of_the_tracking_store_in_use(
 ) -> None:
     """Without asking a server, and without the login."""
     server.start()
-    finished(store, study="embedded only")
-    tracking.deliver(store, "embedded only")
+    finished(store, study="embedded-only")
+    tracking.deliver(store, "embedded-only")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url.replace("://", "://ann:s3cret@"))
     finished(store, study="shown")
     tracking.deliver(store, "shown")
