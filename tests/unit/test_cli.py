@@ -166,7 +166,7 @@ def test_plan_counts_the_gpu_hours_of_each_phase_once_a_step_is_measured(wrbench
 
 def test_plan_shows_the_axes_as_they_were_drawn(wrbench: Command, store: Path) -> None:
     code, out, _ = wrbench("study", "plan", "mnist5k_adamwr_vs_sgdwr", "--store", store)
-    assert code == 0 and out.count("pending") == 144
+    assert code == 0 and out.count("pending") == 96
     line = next(line for line in out.splitlines() if " AdamWR-eps.narrow " in line)
     assert re.search(
         r"optimizer\.effective_lr [\d.]+, optimizer\.eps [\d.e-]+, optimizer\.one_minus_beta1 0\.\d+, decay\.weight_decay", line
