@@ -43,8 +43,8 @@ from harness import schedule
 SCHEMA_VERSION = 1
 """Part of every trial id. Raise it only when the same resolved config comes to mean another result."""
 
-ModelName = Literal["mnist5k_cnn", "mnist5k_cnn_bn", "resnet18", "resnet50"]
-WITHOUT_BATCH_NORM = ("mnist5k_cnn",)
+ModelName = Literal["mnist5k_cnn", "mnist5k_mlp", "mnist5k_cnn_bn", "resnet18", "resnet50"]
+WITHOUT_BATCH_NORM = ("mnist5k_cnn", "mnist5k_mlp")
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -67,6 +67,12 @@ def _mnist5k_cnn(data: Data, norm: Norm, activation: type[nn.Module], pool: type
     )
 
 
+def _mnist5k_mlp(data: Data) -> nn.Module:
+    """One hidden layer, 204k parameters at 28x28, a twentieth of the work: for studies of many hundred trials on a laptop."""
+    pixels = data.channels * data.image_size**2
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, data.num_classes))
+
+
 def _smooth(data: Data, norm: Norm) -> nn.Module:
     """The same with batch norm and without kinks: the reference model of the equivalence table.
 
@@ -86,6 +92,7 @@ def _torchvision(name: str) -> Callable[[Data, Norm], nn.Module]:
 
 BUILDERS: dict[str, Callable[[Data, Norm], nn.Module]] = {
     "mnist5k_cnn": lambda data, _: _mnist5k_cnn(data, partial(nn.GroupNorm, 4), nn.ReLU, nn.MaxPool2d),
+    "mnist5k_mlp": lambda data, _: _mnist5k_mlp(data),
     "mnist5k_cnn_bn": _smooth,
     "resnet18": _torchvision("resnet18"),
     "resnet50": _torchvision("resnet50"),
