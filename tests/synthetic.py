@@ -82,8 +82,6 @@ def write_trial(
     answer: dict[str, float] = {}
     offsets = {split: final - 0.05 + rng.normal(0, 0.003) for split in ("holdout", "val")}
     last = round(until * total)
-    if not trial.evaluation.val:
-        without = (*without, "val/", "anytime/val_top1")
     for done in range(1, last + 1):
         metrics: dict[str, float] = {}
         if (done - 1) % trial.evaluation.log_every_steps == 0:
@@ -99,6 +97,8 @@ def write_trial(
                 answer = {f"anytime/{split}_top1": metrics[f"{split}/top1"] for split in ("holdout", "val")}
                 metrics |= {"train_eval/loss": 2 * error(trial, done, 0.02), "weights/norm": 20.0}
             metrics |= {"epoch": done / per_epoch, **answer}
+            if not trial.evaluation.val:
+                metrics = {name: value for name, value in metrics.items() if not name.startswith(("val/", "anytime/val_"))}
         if state == "diverged" and done == last:
             metrics = {"train/loss": math.nan, "val/loss": math.inf}
         kept = {name: value for name, value in metrics.items() if not name.startswith(without)} if without else metrics
