@@ -141,7 +141,10 @@ def _pair(method: estimate.Method, of_a: np.ndarray, of_b: np.ndarray) -> Iterat
     """No difference, and one of exactly the margin, where equivalence is as hard to tell as it gets."""
     none = [estimate.difference(a, b, method) for a, b in zip(of_a, of_b, strict=True)]
     margin = [estimate.difference(a + MARGIN, b, method) for a, b in zip(of_a, of_b, strict=True)]
-    yield exact([holds(d.interval, 0.0) for d in none])
+    hits = [holds(d.interval, 0.0) for d in none]
+    # Satterthwaite's degrees of freedom are an approximation: with three or four seeds a side the interval is a little wide
+    few = method == "welch" and min(of_a.shape[1], of_b.shape[1]) < 5
+    yield at_least(hits, note="Welch below five seeds: at least") if few else exact(hits)
     yield at_most([d.verdict in ("better", "worse") for d in none], "false 'differs'")
     yield at_most([d.verdict == "equivalent" for d in margin], "false 'equivalent'")
     yield at_most([d.noninferior for d in margin], "false 'non-inferior'")
