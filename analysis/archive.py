@@ -11,18 +11,20 @@
 from __future__ import annotations
 
 import argparse
+import filecmp
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from analysis.report import render
-from analysis.runs import Records, read
+from analysis.runs import Records, Unreadable, read
 from harness.config import BadInput
 from harness.correct import correct
-from harness.store import Store
+from harness.store import ENDED, Store
 from harness.study import load, planned
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,19 +33,24 @@ TABLES = ("table.md", "table.csv", "table.tex", "summary.json")
 
 
 def save(records: Records, folder: Path) -> None:
-    """Writes FOLDER/data and the report made of it, in place of what was there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Writes FOLDER/data and the report made of it, in place of those that were there; other files of FOLDER are left alone.
+
+    Where the images lay and which host ran a trial is not kept: neither is a result.
+    """
     data = folder / "data" / records.study.name
+    shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
-    (data / "study.yaml").write_text(records.study.text())
-    records.trials.to_parquet(data / "trials.parquet", index=False)
+    document = yaml.safe_load(records.study.text())
+    document["workload"]["data"]["path"] = f"data/{document['workload']['data']['name']}"
+    (data / "study.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    records.trials.drop(columns=["workload.data.path", "tag.host"], errors="ignore").to_parquet(data / "trials.parquet", index=False)
     records.points.to_parquet(data / "points.parquet", index=False)
     for trial in records.store.trials(records.study.name):
         if correct(trial, "val") is not None:
             shutil.copytree(trial.correct, data / "trials" / trial.path.name / "correct")
-    render(restored(folder), folder)
-    for vector in folder.glob("*.svg"):
-        vector.unlink()
+    _, vectors = render(restored(folder), folder)
+    for name in vectors:  # the pictures are enough
+        (folder / f"{name}.svg").unlink()
 
 
 def restored(folder: Path) -> Records:
@@ -53,7 +60,7 @@ def restored(folder: Path) -> Records:
         raise BadInput(f"{folder}: has no data/STUDY/study.yaml; python -m analysis.archive save STUDY {folder} makes it")
     study = load(data / "study.yaml")
     trials, points = pd.read_parquet(data / "trials.parquet"), pd.read_parquet(data / "points.parquet")
-    ended = trials[trials.trial_id.notna() & trials.state.isin(["finished", "failed", "diverged", "exhausted"])]
+    ended = trials[trials.trial_id.notna() & trials.state.isin(ENDED)]
     answers = {str(i): None if v != v else float(v) for i, v in zip(ended.trial_id, ended["anytime/holdout_top1"], strict=True)}
     configs = {p.trial.trial_id: p.trial for p in planned(study, answers) if p.trial is not None}
     return Records(study, Store(data.parent), {}, points, configs, trials)
@@ -63,7 +70,7 @@ def check(folder: Path) -> list[str]:
     """The tables that come out otherwise than they are kept."""
     with tempfile.TemporaryDirectory() as made:
         render(restored(folder), Path(made))
-        return [name for name in TABLES if (Path(made) / name).read_bytes() != (folder / name).read_bytes()]
+        return [name for name in TABLES if not filecmp.cmp(Path(made) / name, folder / name, shallow=False)]
 
 
 def main() -> int:
@@ -91,6 +98,6 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except BadInput as error:
+    except (BadInput, Unreadable, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -20,7 +20,7 @@ from analysis.estimate import Difference, Estimate, Method, difference, differen
 from analysis.runs import Records
 from harness.config import Arm, BadInput, Choice, LogUniform, Trial, WorkloadFile
 from harness.correct import correct
-from harness.study import axis_values
+from harness.study import LoadedStudy, axis_values
 
 HOLDOUT, VALIDATION = "anytime/holdout_top1", "anytime/val_top1"
 """The answer of the last completed cycle: what selection reads, and what is reported."""
@@ -30,6 +30,13 @@ FAILED = ("failed", "exhausted", "cancelled")
 
 PENDING = ("pending", "queued", "running")
 """Part of the missing ones: may still come by itself."""
+
+
+def searched(study: LoadedStudy) -> tuple[str, str]:
+    """(metric, name of its split) that the points of a search have: the reported one only where no finalists follow to be reported."""
+    reports = study.study.finalists is None and study.workload.evaluation.val
+    return (VALIDATION, "validation") if reports else (HOLDOUT, "holdout")
+
 
 METHODS: tuple[Method, ...] = ("welch", "paired")
 

@@ -26,8 +26,11 @@ class Findings:
     gaps: tuple[Gap, ...]
     costs: tuple[Cost, ...]
     answers: tuple[Answer, ...]
-    missing: tuple[str, ...]
-    """what this study does not tell, and what that would need, a line each"""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What this study does not tell, and what that would need, a line each."""
+        return tuple(_missing(self))
 
     def tables(self) -> tuple[Table, ...]:
         """Arms and differences always, the others where they have rows."""
@@ -44,17 +47,19 @@ class Findings:
 
 
 def find(records: Records) -> Findings:
-    comparison = compare(records)
-    searched, mapped, points = searches(records, comparison), maps(records), loss_points(records)
-    course, caught, gap, cost = (
-        anytime(records, comparison),
-        catching(records, comparison),
-        gaps(records, comparison, points),
-        costs(records),
+    comparison, points = compare(records), loss_points(records)
+    searched, mapped = searches(records, comparison), maps(records)
+    return Findings(
+        comparison=comparison,
+        searches=searched,
+        maps=mapped,
+        anytime=anytime(records, comparison),
+        catching=catching(records, comparison),
+        loss_points=points,
+        gaps=gaps(records, comparison, points),
+        costs=costs(records),
+        answers=answers(records, comparison, searched, mapped),
     )
-    said = answers(records, comparison, searched, mapped)
-    found = Findings(comparison, searched, mapped, course, caught, points, gap, cost, said, ())
-    return Findings(**{**vars(found), "missing": tuple(_missing(found))})
 
 
 def _missing(found: Findings) -> Iterator[str]:

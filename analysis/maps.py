@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.compare import HOLDOUT, VALIDATION, errors_by_seed
+from analysis.compare import errors_by_seed, searched
 from analysis.estimate import Decoupling, decoupling_index
 from analysis.runs import Records
 from harness.config import Decoupled
@@ -43,7 +43,7 @@ def _map(name: str, records: Records) -> Map:
     study = records.study.study
     table = records.trials
     rows = table[table.planned & (table.arm == name) & (table.phase == "search")]
-    metric, split = (HOLDOUT, "holdout") if study.finalists else (VALIDATION, "validation")
+    metric, split = searched(records.study)
     lr = np.array(sorted(set(rows["optimizer.lr"])), dtype=float)
     decay = np.array(sorted(set(rows["decay.weight_decay"])), dtype=float)
     errors = np.full((len(lr), len(decay), len(study.search.seeds)), np.nan)

@@ -79,7 +79,7 @@ def _tuning(arms: dict[str, Arm], comparison: Comparison, searches: Searches) ->
         if duels:
             yield f"{narrow} holds fixed what {wide} searches too: {_wins(duels[-1])}."
     named = dict.fromkeys(name for pair in pairs for name in (pair.a, pair.b))
-    yield from _reach(arms, [comparison.arm(name) for name in named], searches)
+    yield from _reach(arms, [comparison.arm(name) for name in named])
 
 
 def _at_equal_budgets(pair: Pair, searches: Searches) -> Iterator[str]:
@@ -101,12 +101,12 @@ def _wins(duel: Duel) -> str:
     )
 
 
-def _reach(arms: dict[str, Arm], named: Sequence[ArmResult], searches: Searches) -> Iterator[str]:
+def _reach(arms: dict[str, Arm], named: Sequence[ArmResult]) -> Iterator[str]:
     """Whether the search was wide enough to call an arm well tuned at all."""
     edged = [arm.name for arm in named if arm.at_edge]
     if edged:
         yield f"The best point of {', '.join(edged)} lies at the edge of its box, so it cannot be called well tuned."
-    frozen = [arm.name for arm in named if _optimizer(arms, arm.name) == "adam" and not {"optimizer.eps"} & arms[arm.name].space.keys()]
+    frozen = [arm.name for arm in named if _optimizer(arms, arm.name) == "adam" and "optimizer.eps" not in arms[arm.name].space]
     if frozen:
         yield (
             f"{', '.join(frozen)} held eps fixed: momentum SGD is out of its reach, so that the argument that the more general "

@@ -224,16 +224,11 @@ def _facts(standing: _Standing | None, config: Trial | None, run: Run | None, st
     }
     if config is not None:
         parameters = config.model_dump(include={"workload", "optimizer", "decay", "schedule", "budget"})
-        facts |= {"config": configuration(config), "total_steps": schedule.total_steps(config), **dict(_dotted(parameters))}
+        facts |= {"config": config.configuration, "total_steps": schedule.total_steps(config), **dict(_dotted(parameters))}
     if run is not None:
         known = {"study", "arm", "seed", "phase", "trial_id", "attempt", "state"}
         facts |= {f"tag.{k}": v for k, v in run.tags.items() if k not in known and not k.startswith("mlflow.")}
     return facts
-
-
-def configuration(trial: Trial) -> str:
-    """The same for every seed of a configuration: its trial id at seed 0."""
-    return trial.model_copy(update={"seed": 0}).trial_id
 
 
 def _dotted(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,9 +69,9 @@ def searches(records: Records, comparison: Comparison) -> Searches:
         if a not in curves or b not in curves:
             continue
         for budget in range(1, min(len(curves[a]), len(curves[b])) + 1):
-            found = tuned_difference(errors[a], errors[b], budget, margin=margin)
+            found = tuned_difference(errors[a], errors[b], budget, margin=margin, family=len(pairs))
             duels.append(Duel(a, b, budget, beats(errors[a], errors[b], budget), found))
-        from_budget[a, b] = noninferior_from(errors[a], errors[b], margin)
+        from_budget[a, b] = noninferior_from(errors[a], errors[b], margin, len(pairs))
     return Searches(errors, curves, tuple(duels), from_budget, nested)
 
 

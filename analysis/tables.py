@@ -60,6 +60,7 @@ def arms_table(comparison: Comparison) -> Table:
 
 
 def pairs_table(comparison: Comparison) -> Table:
+    together = max((pair.difference.family for pair in comparison.pairs), default=1)
     rows = tuple(
         (
             f"{pair.a} − {pair.b}",
@@ -69,6 +70,7 @@ def pairs_table(comparison: Comparison) -> Table:
             signed(pair.difference.value) if math.isfinite(pair.difference.value) else "—",
             interval(pair.difference.interval) if pair.difference.interval else "none",
             interval(pair.difference.interval90) if pair.difference.interval90 else "none",
+            *([interval(pair.difference.simultaneous) if pair.difference.simultaneous else "none"] if together > 1 else []),
             f"{pair.difference.correlation:.2f}".replace("-", "−") if pair.difference.correlation is not None else "—",
         )
         for pair in comparison.pairs
@@ -78,8 +80,13 @@ def pairs_table(comparison: Comparison) -> Table:
         "Points of error, below zero the first arm is better. better, worse: the 95 % interval excludes 0; equivalent: the 90 % interval "
         f"lies within ±{margin:g} points (two one-sided tests at 5 %); else undecided. Seed correlation: over the seeds both arms have."
     )
-    columns = ("Difference", "Method", "Verdict", "n", "Points", "95 % interval", "90 % interval", "Seed correlation")
-    return Table("differences", "Differences", note, columns, rows, 3)
+    columns = ["Difference", "Method", "Verdict", "n", "Points", "95 % interval", "90 % interval", "Seed correlation"]
+    if together > 1:
+        columns.insert(-1, f"95 % for all {together}")
+        note += (
+            f" Verdicts hold for all {together} pairs together: they go by wider intervals (Bonferroni), of which the 95 % one is shown."
+        )
+    return Table("differences", "Differences", note, tuple(columns), rows, 3)
 
 
 def trials_table(records: Records) -> Table:
@@ -144,23 +151,25 @@ def budgets_table(searches: Searches) -> Table:
     """Of every comparison, at budgets that double."""
     rows = []
     for (a, b), first in searches.noninferior.items():
-        reach = {arm: {p.budget: p.tuned for p in searches.curves[arm]} for arm in (a, b)}
+        reach = {arm: {p.budget: p for p in searches.curves[arm]} for arm in (a, b)}
         for duel in searches.duels:
             if (duel.a, duel.b) == (a, b) and duel.budget & (duel.budget - 1) == 0:
-                sides = [_with_interval(reach[arm][duel.budget]) for arm in (a, b)]
+                sides = [_with_interval(reach[arm][duel.budget].tuned) for arm in (a, b)]
+                best = " / ".join(_points_or(reach[arm][duel.budget].expected) for arm in (a, b))
                 wins = (
                     f"{duel.wins.value:.2f} ({_range(duel.wins.interval, '.2f')})"
                     if duel.wins.interval
                     else f"{duel.wins.value:.2f} (none)"
                 )
                 shown = str(first or "not shown")
-                rows.append((f"{a} − {b}", str(duel.budget), *sides, wins, duel.difference.verdict, shown))
+                rows.append((f"{a} − {b}", str(duel.budget), *sides, best, wins, duel.difference.verdict, shown))
     note = (
         "Holdout error, in %, that half of all searches of a budget end below, with the 95 % interval that two of the points give it; "
-        "none: the points are too few for that budget. Ahead: probability that the first arm ends with the lower holdout error. "
+        "none: the points are too few for that budget. Expected best: its mean over searches (Dodge et al., without replacement). "
+        "Ahead: probability that the first arm ends with the lower holdout error. "
         "Non-inferior from: trials from which the first arm is shown at most the margin behind. Points are taken as independent draws."
     )
-    columns = ("Arms", "Trials", "First", "Second", "First ahead (95 % interval)", "Verdict", "Non-inferior from")
+    columns = ("Arms", "Trials", "First", "Second", "Expected best", "First ahead (95 % interval)", "Verdict", "Non-inferior from")
     return Table("budgets", "Tuning budgets", note, columns, tuple(rows), 1)
 
 
@@ -263,9 +272,13 @@ def costs_table(costs: Iterable[Cost]) -> Table:
 
 
 def _with_interval(estimate: Estimate) -> str:
-    if not math.isfinite(estimate.value):
-        return "diverged" if math.isinf(estimate.value) else "—"
-    return f"{estimate.value:.2f} ({_range(estimate.interval, '.2f')})"
+    value = _points_or(estimate.value)
+    return f"{value} ({_range(estimate.interval, '.2f')})" if math.isfinite(estimate.value) else value
+
+
+def _points_or(value: float) -> str:
+    """Points, or what stands in their place."""
+    return f"{value:.2f}" if math.isfinite(value) else "diverged" if math.isinf(value) else "—"
 
 
 def _range(pair: Interval | None, style: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.compare import HOLDOUT, VALIDATION, ArmResult, Comparison
+from analysis.compare import VALIDATION, ArmResult, Comparison, searched
 from analysis.estimate import Difference, Estimate, area, gap, mean, median, reached
 from analysis.runs import Records
 from harness import journal, schedule
@@ -137,7 +137,7 @@ class LossPoints:
 def loss_points(records: Records) -> LossPoints:
     table = records.trials
     rows = table[table.planned & (table.phase == "search") & (table.state == "finished")]
-    metric, split = (HOLDOUT, "holdout") if records.study.study.finalists else (VALIDATION, "validation")
+    metric, split = searched(records.study)
     loss = rows.get("train_eval/loss", math.nan)
     points = pd.DataFrame({"arm": rows.arm, "loss": loss, "error": 100 * (1 - rows[metric]), "config": rows.config})
     return LossPoints(points.groupby(["arm", "config"], as_index=False)[["loss", "error"]].mean(), split)

@@ -500,6 +500,11 @@ class Trial(Frozen):
         text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @property
+    def configuration(self) -> str:
+        """The same for every seed of a configuration: its trial id at seed 0."""
+        return self.model_copy(update={"seed": 0}).trial_id
+
     def identity(self) -> dict[str, Any]:
         """What defines the result: defaults omitted, so that a new field with a default changes no id.
 

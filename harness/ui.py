@@ -75,8 +75,8 @@ def run_name(trial: Trial) -> str:
 
 
 def point(trial: Trial) -> str:
-    """8 hex digits, the same for every seed of a configuration: the beginning of its trial id at seed 0."""
-    return trial.model_copy(update={"seed": 0}).trial_id[:8]
+    """8 hex digits, the same for every seed of a configuration: the beginning of Trial.configuration."""
+    return trial.configuration[:8]
 
 
 def experiment_tags(created: int) -> dict[str, str]:

@@ -126,15 +126,15 @@ def tuned_difference(a: Sample, b: Sample, budget: int, *, margin: float = MARGI
     return judged(joined, value, (min(n_a, n_b), n_a, n_b), f"tuned with {budget}", margin, family, note=note)
 
 
-def noninferior_from(a: Sample, b: Sample, margin: float = MARGIN) -> int | None:
+def noninferior_from(a: Sample, b: Sample, margin: float = MARGIN, family: int = 1) -> int | None:
     """The smallest budget from which on, as far as intervals reach, a tuned is shown at most `margin` points worse than b tuned.
 
-    None when no budget shows it. The budgets are looked at one by one, each at one-sided 5 %.
+    None when no budget shows it. The budgets are looked at one by one, each at one-sided 5 % over the `family`.
     """
     shown = []
     for budget in range(1, min(tried(a, 1)[0].size, tried(b, 1)[0].size) // 2 + 1):
-        found = tuned_difference(a, b, budget, margin=margin)
-        if found.interval90 is None:
+        found = tuned_difference(a, b, budget, margin=margin, family=family)
+        if found.simultaneous90 is None:
             break
         shown.append(found.noninferior)
     missed = [place for place, good in enumerate(shown) if not good]

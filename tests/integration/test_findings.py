@@ -84,7 +84,14 @@ def test_what_is_not_told_is_named(searched: Findings) -> None:
 
 def test_an_archive_makes_the_same_report_bit_by_bit(synthetic_store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
+    (folder / "data" / "synthetic").mkdir(parents=True)
+    (folder / "data" / "synthetic" / "stale").touch()
+    (folder / "notes.md").write_text("mine")
     archive.save(runs.read("synthetic", synthetic_store), folder)
+    assert (folder / "notes.md").read_text() == "mine"
+    assert not (folder / "data" / "synthetic" / "stale").exists()
+    assert str(Path.cwd()) not in (folder / "data" / "synthetic" / "study.yaml").read_text()
+    assert not {"workload.data.path", "tag.host"} & set(archive.restored(folder).trials)
     assert archive.check(folder) == []
     made = find(archive.restored(folder))
     assert made.comparison.pairs == find(runs.read("synthetic", synthetic_store)).comparison.pairs

@@ -11,28 +11,15 @@ import pytest
 import yaml
 
 from harness.store import Store
+from tests import synthetic
 from tests.mlflow_server import Server
 from tests.ui.browser import INSTALL, PROGRAMS, Browser
 
 NAME = "tiny"
 
-STUDY = {
+STUDY = synthetic.STUDY | {
     "name": NAME,
     "ranks": 1,
-    "arms": {
-        "AdamWR": {
-            "optimizer": {"name": "adam"},
-            "decay": {"name": "decoupled", "normalised": True},
-            "schedule": {"name": "cosine_restarts", "t_0": 1, "t_mult": 2},
-            "space": {"optimizer.lr": {"log_uniform": [0.001, 0.01]}, "decay.weight_decay": {"log_uniform": [0.0125, 0.4]}},
-        },
-        "SGDWR": {
-            "optimizer": {"name": "sgd", "momentum": 0.9},
-            "decay": {"name": "decoupled", "normalised": True},
-            "schedule": {"name": "cosine_restarts", "t_0": 1, "t_mult": 2},
-            "space": {"optimizer.lr": {"log_uniform": [0.01, 0.1]}, "decay.weight_decay": {"log_uniform": [0.0125, 0.4]}},
-        },
-    },
     "search": {"points": 2, "seeds": 1},
     "finalists": {"top": 1, "seeds": 2},
     "budget": {"epochs": 7, "global_batch_size": 100},
