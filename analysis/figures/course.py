@@ -92,7 +92,7 @@ def schedules(trials: Mapping[str, Trial], comparison: Comparison) -> Figure:
         below.set_ylabel("λ (weight decay)")
         below.set_xlabel("Epoch")
         if trials:
-            above.legend(loc="upper center", ncols=min(3, len(trials)), bbox_to_anchor=(0.5, -0.02))
+            above.legend(loc="upper center", ncols=min(2, len(trials)), bbox_to_anchor=(0.5, -0.02), fontsize=7)
         for axes in (above, below):
             axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
             axes.set_xlim(left=0)

@@ -98,7 +98,7 @@ def budget_curves(searches: Searches, comparison: Comparison) -> Figure:
                 capsize=2,
                 linewidth=1,
                 markersize=3.5,
-                label=f"{a} before {b}",
+                label=f"{a} ahead of {b}",
             )
         above.set_title(f"{comparison.workload.name}: error by tuning budget (median search, 95 % interval)")
         above.set_ylabel("Holdout error (%)")
@@ -112,7 +112,7 @@ def budget_curves(searches: Searches, comparison: Comparison) -> Figure:
             say(above, "no arm has searched enough points")
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
         if any(duel.wins.interval for duel in searches.duels):
-            below.legend(loc="lower right", fontsize=6.5, ncols=2)
+            below.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize=6.5, ncols=2)  # bars fill the panel
         else:
             say(below, "no two compared arms have searched enough points")
     return figure
