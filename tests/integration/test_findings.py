@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from analysis import archive, runs
 from analysis.findings import Findings, find
 from analysis.report import report
+from harness import correct, study, tracking
+from harness.store import Store, TrialFolder
+from tests import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +103,73 @@ def test_an_archive_makes_the_same_report_bit_by_bit(synthetic_store: Path, tmp_
     assert made.comparison.pairs == find(runs.read("synthetic", synthetic_store)).comparison.pairs
     (folder / "table.md").write_text((folder / "table.md").read_text().replace("AdamWR", "AdamWX", 1))
     assert archive.check(folder) == ["table.md"]
+
+
+def ran(store: Path, document: dict[str, Any]) -> tuple[runs.Records, study.LoadedStudy]:
+    """The records of a study of which all has finished, with the finalists' bits."""
+    there = Store(store)
+    loaded = synthetic.write_study(there, document)
+    for trial in (p.trial for p in study.planned(loaded, {}) if p.trial is not None):
+        synthetic.write_trial(there, trial, final=0.05)
+    for trial in (p.trial for p in study.planned(loaded, there.results(loaded.name)) if p.trial and p.phase == "finalists"):
+        synthetic.write_trial(there, trial, final=0.05 if trial.arm == "AdamWR" else 0.06)
+        correct.write(there.trial(loaded.name, trial.trial_id), "val", 244, bits_of(there.trial(loaded.name, trial.trial_id)))
+    tracking.deliver(there, loaded.name)
+    return runs.read(loaded.name, store), loaded
+
+
+def bits_of(folder: TrialFolder) -> np.ndarray:
+    """As many images right as the journal's last answer says, others in each seed."""
+    answer = folder.state().answer["anytime/val_top1"]
+    right = np.arange(1000) < round(1000 * answer)
+    return np.random.default_rng(folder.read_config().seed).permutation(right)
+
+
+def test_images_edges_nested_arms_and_costs(tmp_path: Path) -> None:
+    adam, sgd = synthetic.STUDY["arms"]["AdamWR"], synthetic.STUDY["arms"]["SGDWR"]
+    freed = adam | {"space": adam["space"] | {"optimizer.eps": {"log_uniform": [1e-8, 1e-2]}}}
+    spared = sgd | {"decay": {"name": "decoupled", "normalised": True, "exempt_1d": True}}
+    document = synthetic.STUDY | {
+        "arms": {"AdamWR": adam, "Freed": freed, "SGDWR": spared},
+        "search": {"points": 4, "seeds": 1},
+        "finalists": {"top": 1, "seeds": 3},
+        "analysis": {"method": "paired", "margin": 0.5, "comparisons": [["AdamWR", "SGDWR"]]},
+    }
+    records, loaded = ran(tmp_path / "runs", document)
+    found = find(records)
+    assert [(p.a, p.b, p.difference.method, p.declared) for p in found.comparison.pairs] == [
+        ("AdamWR", "SGDWR", "paired", True),
+        ("AdamWR", "SGDWR", "welch", False),
+        ("AdamWR", "SGDWR", "seeds x images", False),
+    ]
+    declared, welch, over_images = (p.difference for p in found.comparison.pairs)
+    assert declared.margin == 0.5 and over_images.value == pytest.approx(welch.value)
+    assert over_images.standard_error is not None and welch.standard_error is not None
+    assert over_images.standard_error > welch.standard_error  # the images are another source of chance
+    assert found.searches.nested == (("Freed", "AdamWR"),)
+    assert ("Freed", "AdamWR") in found.searches.noninferior
+
+    flags = " ".join(found.comparison.flags)
+    assert "unequal search: dimensions: AdamWR 2, Freed 3, SGDWR 2" in flags
+    assert "decay.exempt_1d differs between the arms: AdamWR false, Freed false, SGDWR true" in flags
+    for arm in found.comparison.arms:  # by hand
+        trial, space = records.configs[arm.trial_ids[0]], loaded.study.arms[arm.name].space
+        for key, value in study.axis_values(loaded.study.arms[arm.name], trial).items():
+            low, high = space[key].log_uniform
+            place = math.log(value / low) / math.log(high / low)
+            assert any(line.startswith(f"{key} ") for line in arm.at_edge) == (place < 0.1 or place > 0.9), (arm.name, key, place)
+        assert (f"{arm.name}: box too small" in flags) == bool(arm.at_edge)
+
+    costs = {(one.arm, one.phase): one for one in found.costs}
+    assert (costs["AdamWR", "search"].trials, costs["AdamWR", "finalists"].trials) == (4, 3)
+    assert costs["AdamWR", "search"].training == pytest.approx(2 * 4 * 0.05 * 241 / 3600)  # ranks x trials x the clock at its last line
+    assert costs["AdamWR", "search"].repeated == 0
+
+
+def test_bits_that_are_not_the_answers_make_no_interval(synthetic_store: Path, tmp_path: Path) -> None:
+    store = Store(Path(shutil.copytree(synthetic_store, tmp_path / "runs")))
+    for trial in store.trials("synthetic"):
+        if trial.read_config().phase == "finalists" and trial.state().state == "finished":
+            correct.write(trial, "val", 244, np.zeros(1000, dtype=bool))
+    found = find(runs.read("synthetic", store.root))
+    assert not any(p.difference.method == "seeds x images" for p in found.comparison.pairs)

@@ -412,3 +412,21 @@ def test_what_runs_ahead_is_bounded_and_raises_in_the_consumer(folder, mode):
         next(batches)
     with pytest.raises(CorruptSample, match="crc32"):
         next(batches)
+
+
+def test_label_noise_is_a_function_of_the_sample_and_spares_what_is_reported(mnist5k):
+    t = resolved(mnist5k)
+    clean, noisy, again = (loader.open_data(t.workload.data, label_noise=share) for share in (0.0, 0.2, 0.2))
+
+    def labels(view):
+        return view.gather(np.arange(len(view)))[1].numpy()
+
+    before, after = labels(clean.train), labels(noisy.train)
+    share = float((before != after).mean())
+    assert abs(share - 0.2) < 4 * np.sqrt(0.2 * 0.8 / len(before))  # four standard errors of the draw
+    assert len(set(after[before == 3])) == 10  # any other class
+    assert (after == labels(again.train)).all()
+    few = np.arange(0, len(before), 7)
+    assert (labels(noisy.train.part(few)) == after[few]).all()
+    for split in ("holdout", "val"):
+        assert (labels(getattr(clean, split)) == labels(getattr(noisy, split))).all()
