@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,10 @@ def ran(store: Path, document: dict[str, Any]) -> tuple[runs.Records, study.Load
 
 
 def bits_of(folder: TrialFolder) -> np.ndarray:
-    """As many images right as the journal's last answer says, others in each seed."""
+    """As many images right as the journal's last answer says: each arm has hard images of its own, the same for all its seeds."""
     answer = folder.state().answer["anytime/val_top1"]
     right = np.arange(1000) < round(1000 * answer)
-    return np.random.default_rng(folder.read_config().seed).permutation(right)
+    return np.random.default_rng(zlib.crc32(folder.read_config().arm.encode())).permutation(right)
 
 
 def test_images_edges_nested_arms_and_costs(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_images_edges_nested_arms_and_costs(tmp_path: Path) -> None:
     declared, welch, over_images = (p.difference for p in found.comparison.pairs)
     assert declared.margin == 0.5 and over_images.value == pytest.approx(welch.value)
     assert over_images.standard_error is not None and welch.standard_error is not None
-    assert over_images.standard_error > welch.standard_error  # the images are another source of chance
+    assert over_images.standard_error > 1.2 * welch.standard_error  # the images are another source of chance
     assert found.searches.nested == (("Freed", "AdamWR"),)
     assert ("Freed", "AdamWR") in found.searches.noninferior
 

@@ -415,7 +415,7 @@ def test_what_runs_ahead_is_bounded_and_raises_in_the_consumer(folder, mode):
 
 
 def test_label_noise_is_a_function_of_the_sample_and_spares_what_is_reported(mnist5k):
-    t = resolved(mnist5k)
+    t = resolved(data={"path": str(mnist5k)})
     clean, noisy, again = (loader.open_data(t.workload.data, label_noise=share) for share in (0.0, 0.2, 0.2))
 
     def labels(view):
