@@ -89,8 +89,8 @@ def _at_equal_budgets(pair: Pair, searches: Searches) -> Iterator[str]:
         return
     first = searches.noninferior.get((pair.a, pair.b))
     margin = duels[0].difference.margin
-    shown = f"from {first} trials on" if first else "at no budget that the points carry an interval for"
-    yield f"Tuned with equal budgets, {_wins(duels[-1])}; by holdout error {pair.a} is shown at most {margin:g} points behind {shown}."
+    shown = f"is shown from {first} trials on" if first else "is shown at no budget"
+    yield f"Tuned with equal budgets, {_wins(duels[-1])}; that {pair.a} is at most {margin:g} points behind, by holdout error, {shown}."
 
 
 def _wins(duel: Duel) -> str:
@@ -105,7 +105,7 @@ def _reach(arms: dict[str, Arm], named: Sequence[ArmResult]) -> Iterator[str]:
     """Whether the search was wide enough to call an arm well tuned at all."""
     edged = [arm.name for arm in named if arm.at_edge]
     if edged:
-        yield f"The best point of {', '.join(edged)} lies at the edge of its box, so it cannot be called well tuned."
+        yield f"Not to be called well tuned, as the best point lies at the edge of its box: {', '.join(edged)}."
     frozen = [arm.name for arm in named if _optimizer(arms, arm.name) == "adam" and "optimizer.eps" not in arms[arm.name].space]
     if frozen:
         yield (
