@@ -27,8 +27,8 @@ STUDY = "synthetic"
 
 @pytest.fixture
 def store(synthetic_store: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
-    return Path(shutil.copytree(synthetic_store, tmp_path / "runs"))
+    """A copy to change; without what other tests' readings of the original kept."""
+    return Path(shutil.copytree(synthetic_store, tmp_path / "runs", ignore=shutil.ignore_patterns("cache")))
 
 
 @pytest.fixture
