@@ -64,6 +64,9 @@ ATTEMPT_TAGS = (
 EVERY, AT_MOST = 2.0, 30.0
 """seconds between two passes of a delivering process: when all is well, and when passes are slow or fail"""
 
+AWAY = 5.0
+"""seconds between two looks for a server that does not answer"""
+
 PATIENCE = 30.0
 """seconds that `deliver` waits in all for trials that somebody else is delivering this moment"""
 
@@ -670,6 +673,9 @@ class _Deliverer:
         wait, last = 0.0, False
         while not last:
             last = self.told.wait(wait)
+            if self.failures and not last and not _answers(tracking_uri(self.store), 1.0):
+                wait = AWAY  # not ever longer: what piles up while nobody looks would hold up the end
+                continue
             began = time.monotonic()
             self._pass(last)
             # a tenth of the time; ever less while MLflow fails

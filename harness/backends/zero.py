@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
@@ -124,8 +125,7 @@ def _imported(ranks: Ranks, timeout_seconds: int) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     os.environ["LOCAL_RANK"] = str(ranks.device.index or 0)  # DeepSpeed takes it for the number of the device
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)  # its calls
-    import deepspeed
-
+    deepspeed = _without_mlflow()
     # An extension for all_reduce in inference, which would be compiled at the start of a first trial, by every rank, under a
     # lock that a kill leaves behind (pytorch#189245).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -134,4 +134,17 @@ def _imported(ranks: Ranks, timeout_seconds: int) -> Any:
     # DeepSpeed would make for itself would wait for a lost peer for half an hour.
     deepspeed.comm.comm.cdb = None
     deepspeed.utils.groups._WORLD_GROUP = td.new_group(timeout=timedelta(seconds=timeout_seconds))
+    return deepspeed
+
+
+def _without_mlflow() -> Any:
+    """Imports deepspeed. Its autotuner, which nothing here uses, would import all of MLflow: half of the seconds that a rank takes."""
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # to import it raises ImportError, which the autotuner expects
+    try:
+        import deepspeed
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
     return deepspeed

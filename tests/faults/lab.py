@@ -152,7 +152,7 @@ def _line(error: BaseException) -> str:
     """What went wrong, and the line of ours that it came from."""
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     where = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:3000]}{where}"
 
 
 def put_right(cluster: Cluster, seconds: float = 60) -> None:

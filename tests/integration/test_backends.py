@@ -126,6 +126,8 @@ def test_deepspeed_is_imported_for_its_own_backend_only(few: Path) -> None:
         "import pathlib\n"
         "engine.build(on({}, pathlib.Path(sys.argv[1]), SGDW), Place(0, 0, 1, torch.device('cpu')))\n"
         "assert 'deepspeed' not in sys.modules\n"
+        "engine.build(on(ZERO_3, pathlib.Path(sys.argv[1]), SGDW), Place(0, 0, 1, torch.device('cpu')))\n"
+        "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules, 'seconds of every rank'\n"
     )
     subprocess.run([sys.executable, "-c", program, str(few)], check=True, timeout=120)
 

@@ -675,6 +675,27 @@ def test_a_server_that_does_not_answer_holds_no_end_up(server: Server, store: St
     assert "does not answer: the rest is left to `wrbench sync`" in (store.study(STUDY) / "delivery.log").read_text()
 
 
+def test_a_server_that_was_away_is_found_without_waiting_ever_longer(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What piles up while nobody looks would hold up the end."""
+    server.start()
+    life = finished(store, seed=102)
+    asked: list[str] = []
+
+    def away(request: BaseHTTPRequestHandler) -> Answer | None:
+        asked.append(request.path)
+        if asked.count("/health") < 3:
+            raise ConnectionAbortedError
+        return None
+
+    with Relay(server.url, away) as relay:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url)
+        with tracking.start_delivery(store, STUDY) as delivery:
+            not_starved(delivery.process.pid)
+            eventually(lambda: len(points(Store(server.root))) == len(settled(life)))
+    first = asked.index("/health")
+    assert asked[first : first + 3] == ["/health"] * 3, "one failed pass, and then only looks"
+
+
 def test_an_error_is_logged_once_and_when_it_is_over(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     server.start()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
