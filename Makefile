@@ -58,8 +58,7 @@ test-ui: setup
 
 test-slurm: setup
 	@$(SLURM_INSTALLED) || tests/slurm/install.sh
-	@$(BIN)/python -m pytest tests/slurm -m alone
-	@$(BIN)/python -m pytest tests/slurm -m "not alone" -n 2 --dist loadgroup  # each worker has a cluster of its own
+	@$(BIN)/python -m pytest tests/slurm
 
 slurm-up: setup  # a cluster of four nodes on this machine, to play with
 	@$(BIN)/python -m tests.slurm.cluster up

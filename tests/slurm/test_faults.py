@@ -11,10 +11,9 @@ from tests.faults.lab import load, perform
 from tests.report import line
 
 FAULTS = load()
-LANES = {name: "waits" if fault.waits else "works" for name, fault in FAULTS.items()}  # as in `make faults`
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(lane)) for name, lane in LANES.items()])
+@pytest.mark.parametrize("name", FAULTS)
 def test_fault(name: str, mnist5k: Path, few: Path, request: pytest.FixtureRequest) -> None:
     cluster = request.getfixturevalue("cluster") if FAULTS[name].slurm else None
     seed = random.SystemRandom().randrange(2**32)

@@ -177,7 +177,6 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return log
 
 
-@pytest.mark.alone
 def test_a_thousand_trials_in_one_call(tmp_path: Path, mnist5k: Path, calls: Path) -> None:
     study = Study(tmp_path, mnist5k, LATER, **TINY, search={"seeds": 1000})
     began = time.monotonic()
