@@ -18,7 +18,7 @@ from harness.study import load
 from launch.ledger import Ledger
 from launch.standing import Standing, job_name, standings
 
-SECONDS = 240.0
+SECONDS = 600.0
 """no wait in these tests should last so long"""
 
 ADAMW = {
@@ -47,7 +47,7 @@ class Study:
         self.file.write_text(yaml.safe_dump(base | document))
         asked = {
             "executor": "slurm", "tasks_per_node": 2, "gpus_per_node": 2, "time_minutes": 10, "signal_lead_seconds": 30,
-            "partition": "low", "stall_timeout_seconds": 60,
+            "partition": "low", "stall_timeout_seconds": 240,
         }  # fmt: skip
         self.cluster.write_text(yaml.safe_dump(asked | (cluster or {})))
 
