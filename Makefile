@@ -50,7 +50,7 @@ unit: setup
 	@$(BIN)/python -m pytest tests/unit -n 2
 
 integration: setup
-	@$(BIN)/python -m pytest tests/integration
+	@$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
 
 test-ui: setup
 	@{ $(CHROMIUM_INSTALLED); } || tests/ui/install.sh

@@ -673,7 +673,7 @@ class _Deliverer:
         wait, last = 0.0, False
         while not last:
             last = self.told.wait(wait)
-            if self.failures and not last and not _answers(tracking_uri(self.store), 1.0):
+            if self.failures and not last and not _answers(tracking_uri(self.store), 10.0):
                 wait = AWAY  # not ever longer: what piles up while nobody looks would hold up the end
                 continue
             began = time.monotonic()
