@@ -139,12 +139,10 @@ def _imported(ranks: Ranks, timeout_seconds: int) -> Any:
 
 def _without_mlflow() -> Any:
     """Imports deepspeed. Its autotuner, which nothing here uses, would import all of MLflow: half of the seconds that a rank takes."""
-    absent = "mlflow" not in sys.modules
-    if absent:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # to import it raises ImportError, which the autotuner expects
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # to import it raises ImportError, which the autotuner expects
     try:
         import deepspeed
     finally:
-        if absent:
+        if sys.modules["mlflow"] is None:
             del sys.modules["mlflow"]
     return deepspeed
