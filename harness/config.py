@@ -43,8 +43,11 @@ from harness import schedule
 SCHEMA_VERSION = 1
 """Part of every trial id. Raise it only when the same resolved config comes to mean another result."""
 
-ModelName = Literal["mnist5k_cnn", "mnist5k_mlp", "mnist5k_cnn_bn", "resnet18", "resnet50"]
-WITHOUT_BATCH_NORM = ("mnist5k_cnn", "mnist5k_mlp")
+ModelName = Literal[
+    "mnist5k_cnn", "mnist5k_mlp", "mnist5k_cnn_bn", "resnet18", "resnet50", "resnet50_zero_init", "regnet_y_1_6gf",
+    "convnext_tiny", "vit_s16", "wrn_28_10", "shake_26_2x64d", "shake_26_2x96d",
+]  # fmt: skip
+WITHOUT_BATCH_NORM = ("mnist5k_cnn", "mnist5k_mlp", "convnext_tiny", "vit_s16")
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -263,9 +266,21 @@ class Workload(Frozen):
     recipe: Recipe = Recipe()
 
 
+class Reference(Frozen):
+    """What was published for a workload, so that a study's numbers can be held against it."""
+
+    source: str = Field(description="of the recipe and the error: paper and table, or the name of the weights")
+    top1_error: Number | None = Field(ge=0, le=100, description="validation error, percent; null: no number is printed", examples=[22.53])
+    gpu: str = Field(description="that images_per_second is of", examples=["A100"])
+    images_per_second: Positive = Field(
+        description="that one GPU trains on, at the workload's image_size: prices a plan until a run is measured", examples=[2500]
+    )
+
+
 class WorkloadFile(Workload):
     """configs/workload/NAME.yaml: the workload and the defaults that a study may override."""
 
+    reference: Reference | None = None
     budget: Budget
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -368,6 +383,7 @@ class CosineRestarts(_Warmed):
     t_0: Number = Field(gt=0, description="epochs of the first cycle", examples=[1])
     t_mult: Number = Field(1.0, ge=1, examples=[2])
     eta_min: EtaMin = 0.0
+    reset_moments: bool = Field(False, description="true: every cycle starts with the optimizer's moments at zero; the paper keeps them")
 
 
 Optimizer = Annotated[Sgd | Adam, Field(discriminator="name")]
@@ -481,6 +497,11 @@ class Trial(Frozen):
             raise ValueError(
                 f"workload.recipe.norm_batch_size: {recipe.norm_batch_size} has no meaning for {model}, "
                 "which has no batch norm; leave it out"
+            )
+        if model == "vit_s16" and self.workload.data.image_size % 16:
+            size = self.workload.data.image_size
+            raise ValueError(
+                f"workload.data.image_size: {size} is no multiple of {model}'s patches of 16 pixels; e.g. {-(-size // 16) * 16}"
             )
         if recipe.norm_batch_size is not None and batch % recipe.norm_batch_size:
             raise ValueError(

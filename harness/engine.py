@@ -1,4 +1,4 @@
-"""The backend seam: train_step, evaluation_model, save, load.
+"""The backend seam: train_step, reset_moments, evaluation_model, save, load.
 
 Accumulation, gradient synchronisation, clipping and sharding live below it; what every backend shares (the order of
 micro-batches, the loss, batch norm's running statistics, the form of a checkpoint) is here once. `build` is the only
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import checkpoint, mixing, models, norm
+from harness import checkpoint, draws, mixing, models, norm
 from harness.config import Trial
 from harness.data.order import Mixing
 from harness.dist import Ranks
@@ -61,7 +61,7 @@ class Slice:
 
 
 class Engine(ABC):
-    """A model, its optimizer and the ranks it is spread over. The four public methods are all that the loop knows."""
+    """A model, its optimizer and the ranks it is spread over. The public methods are all that the loop knows."""
 
     weights_are_sharded = False
     _optimizer: torch.optim.Optimizer
@@ -78,17 +78,29 @@ class Engine(ABC):
             self._model.compile()
 
     def train_step(
-        self, images: Tensor, labels: Tensor, *, lr: float, weight_decay: float, mix: Mixing | None = None, measure: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        lr: float,
+        weight_decay: float,
+        step: int = 0,
+        mix: Mixing | None = None,
+        measure: bool = False,
     ) -> Step:
         """One optimizer step on this rank's share of the global batch: images uint8 (n, C, H, W), labels (n,). Collective.
 
-        lr and weight_decay as harness.optim means them; mix as harness.mixing does.
+        lr and weight_decay as harness.optim means them; mix as harness.mixing does. step: 0-based, what random layers draw by.
         """
         self._gathered = None
         if not self._model.training:
             self._model.train()
         batches = list(zip(images.split(self._micro), labels.split(self._micro), strict=True))
-        losses = [self._micro_step(x, y, mix, len(batches), index == len(batches) - 1) for index, (x, y) in enumerate(batches)]
+        losses = []
+        for index, (x, y) in enumerate(batches):
+            first = self._ranks.rank * len(images) + index * self._micro
+            draws.assign(self._model, self._trial.seed, step, self._trial.budget.global_batch_size, first, len(x), self._ranks.device)
+            losses.append(self._micro_step(x, y, mix, len(batches), index == len(batches) - 1))
         norm.update_running_statistics(self._model, self._ranks)
         before = [w.clone() for w in self._weights()] if measure else []
         self._update(lr, weight_decay)
@@ -104,6 +116,13 @@ class Engine(ABC):
         loss = mixing.cross_entropy(logits, labels, mix, smoothing)
         self._backward(loss, count, last)
         return mixing.cross_entropy(logits.detach(), labels, mix) if smoothing else loss.detach()
+
+    @torch.no_grad()
+    def reset_moments(self) -> None:
+        """As if the optimizer had not taken a step yet: the weights stay."""
+        for state in self._optimizer.state.values():
+            for value in state.values():
+                value.zero_()
 
     def evaluation_model(self) -> nn.Module:
         """The full model in evaluation mode; its forward is free of collectives. Collective; the next train_step ends it."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.config import Data, Workload
-from harness.norm import BatchNorm
+from harness.draws import StochasticDepth
+from harness.networks import shake_shake, wide_resnet
+from harness.norm import BatchNorm, Norm
 from harness.vision import torchvision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -40,10 +43,6 @@ class Normalised(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast and self.training):
             out: Tensor = self.net(images.to(self.scale.dtype) * self.scale + self.shift)
         return out.to(self.scale.dtype)
-
-
-Norm = Callable[[int], nn.Module]
-"""number of channels -> the layer that normalises them"""
 
 
 def _mnist5k_cnn(data: Data, norm: Norm, activation: type[nn.Module], pool: type[nn.Module]) -> nn.Module:
@@ -82,20 +81,54 @@ def _smooth(data: Data, norm: Norm) -> nn.Module:
     return _mnist5k_cnn(data, norm, nn.SiLU, nn.AvgPool2d)
 
 
-def _torchvision(name: str) -> Callable[[Data, Norm], nn.Module]:
+Builder = Callable[[Data, Norm], nn.Module]
+
+
+def _torchvision(name: str, **options: Any) -> Builder:
     def build(data: Data, norm: Norm) -> nn.Module:
-        model: nn.Module = torchvision().models.get_model(name, weights=None, num_classes=data.num_classes, norm_layer=norm)
+        model: nn.Module = torchvision().models.get_model(name, weights=None, num_classes=data.num_classes, norm_layer=norm, **options)
         return model
 
     return build
 
 
-BUILDERS: dict[str, Callable[[Data, Norm], nn.Module]] = {
+def _convnext_tiny(data: Data, _: Norm) -> nn.Module:
+    """torchvision's, with stochastic depth that draws as harness.draws does. Its norms are layer norms."""
+    model: nn.Module = torchvision().models.convnext_tiny(weights=None, num_classes=data.num_classes)
+    for module in list(model.modules()):
+        for child, layer in module.named_children():
+            if isinstance(layer, torchvision().ops.StochasticDepth):
+                setattr(module, child, StochasticDepth(float(layer.p)))
+    return model
+
+
+def _vit_s16(data: Data, _: Norm) -> nn.Module:
+    """ViT-S/16 (arXiv 2012.12877, table 1) with a class token and learnt positions; images of a multiple of 16 pixels."""
+    model: nn.Module = torchvision().models.VisionTransformer(
+        image_size=data.image_size,
+        patch_size=16,
+        num_layers=12,
+        num_heads=6,
+        hidden_dim=384,
+        mlp_dim=1536,
+        num_classes=data.num_classes,
+    )
+    return model
+
+
+BUILDERS: dict[str, Builder] = {
     "mnist5k_cnn": lambda data, _: _mnist5k_cnn(data, partial(nn.GroupNorm, 4), nn.ReLU, nn.MaxPool2d),
     "mnist5k_mlp": lambda data, _: _mnist5k_mlp(data),
     "mnist5k_cnn_bn": _smooth,
     "resnet18": _torchvision("resnet18"),
     "resnet50": _torchvision("resnet50"),
+    "resnet50_zero_init": _torchvision("resnet50", zero_init_residual=True),
+    "regnet_y_1_6gf": _torchvision("regnet_y_1_6gf"),
+    "convnext_tiny": _convnext_tiny,
+    "vit_s16": _vit_s16,
+    "wrn_28_10": lambda data, norm: wide_resnet(data.channels, data.num_classes, norm),
+    "shake_26_2x64d": lambda data, norm: shake_shake(data.channels, data.num_classes, norm, 64),
+    "shake_26_2x96d": lambda data, norm: shake_shake(data.channels, data.num_classes, norm, 96),
 }
 """from the data's shapes and the batch norm of a recipe, which a model is free not to use"""
 

@@ -28,6 +28,9 @@ from torch import Tensor, nn
 
 from harness.dist import Ranks
 
+Norm = Callable[[int], nn.Module]
+"""number of channels -> the layer that normalises them"""
+
 
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d that normalises groups of `norm_batch_size` samples (None: all of a forward pass) in training.

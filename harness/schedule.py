@@ -61,6 +61,12 @@ def schedule(trial: Trial, step: int) -> tuple[float, int, float]:
     return _eta(trial, step, t_cur), cycle, _lambda(trial, end - start)
 
 
+def resets_moments(trial: Trial, step: int) -> bool:
+    """Whether the optimizer forgets its moments before this step: at a restart, where the schedule says so."""
+    s = trial.schedule
+    return s.name == "cosine_restarts" and s.reset_moments and step > 0 and any(start == step for start, _ in cycles(trial))
+
+
 def _eta(trial: Trial, step: int, t_cur: float) -> float:
     s = trial.schedule
     if s.name == "constant":

@@ -24,6 +24,14 @@ DEFAULTS = ("budget", "evaluation", "checkpoint")
 """blocks of a workload file that a study may override"""
 
 
+REFERRED: Any = {
+    "data": {"image_size", "resize", "train_on", "train_samples", "val_samples", "num_classes"},
+    "model": True,
+    "recipe": True,
+    "budget": True,
+}
+"""of a workload: what its published reference holds for"""
+
 BLOCKS = ("optimizer", "decay", "schedule")
 DEFAULT_BETA2: float = Adam.model_fields["betas"].default[1]
 DEFAULT_EPS: float = Adam.model_fields["eps"].default
@@ -46,6 +54,8 @@ class LoadedStudy:
     study: Study
     workload: WorkloadFile
     source: str
+    departures: tuple[str, ...] = ()
+    """what the study changes of a workload that has a reference: dotted key, its value, the workload's own"""
 
     @property
     def name(self) -> str:
@@ -70,7 +80,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
     for override in overrides:
         _set(document, override)
     study = parse(Study, document, source)
-    loaded = LoadedStudy(study, _workload(study, source), source)
+    loaded = LoadedStudy(study, *_workload(study, source))
     trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
     first: dict[str, Trial] = {}
     for trial in trials:
@@ -117,27 +127,50 @@ def _path(key: str) -> list[str]:
     return [*parts[:axis], ".".join(parts[axis : axis + 2]), *parts[axis + 2 :]]
 
 
-def _workload(study: Study, source: str) -> WorkloadFile:
+def _workload(study: Study, source: str) -> tuple[WorkloadFile, str, tuple[str, ...]]:
+    """(the study's workload, source, what it changes of the workload file)"""
     overrides = dict(study.workload)
     name = overrides.pop("name", None)
     if not isinstance(name, str):
         raise BadInput(f"{source}: workload.name: missing; e.g. mnist5k_cnn")
     where = f"{source} (workload {name})"
     if {"data", "model"} <= overrides.keys():
-        document: dict[str, Any] = {"name": name, **overrides}
+        base = document = {"name": name, **overrides}
     else:
         path = find("workload", name)
-        document = _merged({"name": path.stem, **read_yaml(path)}, overrides)
+        base = {"name": path.stem, **read_yaml(path)}
+        document = _merged(base, overrides)
     for key in DEFAULTS:
         if not isinstance(document.get(key, {}), dict):
             raise BadInput(f"{where}: {key}: {document[key]!r} must be a mapping of keys to values")
         document[key] = _merged(document.get(key, {}), getattr(study, key))
-    workload = parse(WorkloadFile, document, where, lambda key: key if key.partition(".")[0] in DEFAULTS else f"workload.{key}")
+
+    def as_written(key: str) -> str:
+        return key if key.partition(".")[0] in DEFAULTS else f"workload.{key}"
+
+    workload = parse(WorkloadFile, document, where, as_written)
+    departures = _departures(parse(WorkloadFile, base, where, as_written), workload)
     evaluation, test = workload.evaluation, workload.evaluation.test
     if test is not None:
         evaluation = evaluation.model_copy(update={"test": test.model_copy(update={"path": _absolute(test.path)})})
     data = workload.data.model_copy(update={"path": _absolute(workload.data.path)})
-    return workload.model_copy(update={"data": data, "evaluation": evaluation})
+    return workload.model_copy(update={"data": data, "evaluation": evaluation}), source, departures
+
+
+def _departures(base: WorkloadFile, workload: WorkloadFile) -> tuple[str, ...]:
+    """DOTTED KEY: VALUE instead of VALUE, of all that a result hangs on; none for a workload without a reference."""
+    if base.reference is None:
+        return ()
+    before, now = (dict(_leaves(w.model_dump(mode="json", include=REFERRED))) for w in (base, workload))
+    return tuple(f"{key}: {now.get(key)} instead of {before.get(key)}" for key in before | now if now.get(key) != before.get(key))
+
+
+def _leaves(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _absolute(path: Path) -> Path:
@@ -314,6 +347,9 @@ def planned(loaded: LoadedStudy, results: Mapping[str, float | None]) -> list[Pl
 def warnings(loaded: LoadedStudy) -> list[str]:
     """What is legal and probably not meant, one line each, each once."""
     lines = [line for p in planned(loaded, {}) if p.trial is not None for line in schedule.warnings(p.trial)]
+    if loaded.departures and loaded.workload.reference is not None:
+        source = loaded.workload.reference.source
+        lines.append(f"workload {loaded.workload.name} departs from its reference, {source}: {', '.join(loaded.departures)}")
     data = loaded.workload.data
     if data.holdout_samples == 0 and loaded.study.finalists is not None:
         key, value = ("train_on", "train") if data.train_on != "train" else ("holdout_per_class", "50")

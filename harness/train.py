@@ -16,7 +16,7 @@ from harness.config import Trial
 from harness.data import loader, order
 from harness.dist import Ranks, joined
 from harness.evaluate import Evaluated, evaluate
-from harness.schedule import cycle_ends, schedule, steps_per_epoch, total_steps
+from harness.schedule import cycle_ends, resets_moments, schedule, steps_per_epoch, total_steps
 from harness.stopping import StopRequest
 from harness.store import Store
 
@@ -56,8 +56,10 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
             lr, weight_decay = optim.hyperparameters(trial.optimizer, trial.decay, eta, lam)
             with clock.waiting():
                 images, labels = next(batches)
+            if resets_moments(trial, step):
+                worker.reset_moments()
             mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, trial.workload.data.image_size)
-            result = worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, mix=mix, measure=done in ends)
+            result = worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, step=step, mix=mix, measure=done in ends)
 
             stopping = False
             if done % trial.evaluation.log_every_steps == 0 or done in evaluations | saves:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -104,16 +104,25 @@ def as_json(loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: 
 
 
 def phases(loaded: LoadedStudy, plan: Sequence[Planned], store: Store, cluster: Cluster) -> list[dict[str, Any]]:
-    """Of each phase its trials, ranks a trial, and GPU-hours of training (hours x ranks; None: not measured)."""
+    """Of each phase its trials, ranks a trial, and GPU-hours of training: hours x ranks as measured, else by the workload's reference."""
     trial, counts = any_trial(loaded), Counter(p.phase for p in plan)
     ranks = {phase: world_size(loaded, cluster.of_phase(phase) if isinstance(cluster, Slurm) else cluster) for phase in counts}
     per_step = {count: measured_seconds_per_step(trial, count, store) for count in set(ranks.values())}
     rows = []
     for phase, trials in counts.items():
         seconds = per_step[ranks[phase]]
-        hours = None if seconds is None else trials * schedule.total_steps(trial) * seconds * ranks[phase] / 3600
-        rows.append({"phase": phase, "trials": trials, "ranks": ranks[phase], "gpu_hours": hours})
+        per_trial = referred_gpu_hours(loaded) if seconds is None else schedule.total_steps(trial) * seconds * ranks[phase] / 3600
+        hours = None if per_trial is None else trials * per_trial
+        rows.append({"phase": phase, "trials": trials, "ranks": ranks[phase], "gpu_hours": hours, "measured": seconds is not None})
     return rows
+
+
+def referred_gpu_hours(loaded: LoadedStudy) -> float | None:
+    """GPU-hours of a trial at the speed that its workload's reference states; None without one."""
+    reference, trial = loaded.workload.reference, any_trial(loaded)
+    if reference is None:
+        return None
+    return schedule.total_steps(trial) * trial.budget.global_batch_size / reference.images_per_second / 3600
 
 
 def power_rows(loaded: LoadedStudy) -> list[dict[str, Any]]:
@@ -154,11 +163,19 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
         soft_wrap=True,
     )
     for row in phases(loaded, plan, store, cluster):
-        hours = NOT_MEASURED if row["gpu_hours"] is None else f"{row['gpu_hours']:.2f}"
-        out.print(f"{row['phase']}: {row['trials']} trials, GPU-hours of training: {hours}", soft_wrap=True)
+        out.print(f"{row['phase']}: {row['trials']} trials, GPU-hours of training: {_hours(loaded, row)}", soft_wrap=True)
     _show_power(out, loaded)
     if with_schedule:
         _show_schedules(out, plan)
+
+
+def _hours(loaded: LoadedStudy, phase: Mapping[str, Any]) -> str:
+    hours, reference = phase["gpu_hours"], loaded.workload.reference
+    if hours is None:
+        return NOT_MEASURED
+    if phase["measured"] or reference is None:
+        return f"{hours:.2f}"
+    return f"{hours:,.1f} of an {reference.gpu} at {reference.images_per_second:,.0f} images/s, as the workload states; {NOT_MEASURED}"
 
 
 def _show_power(out: Console, loaded: LoadedStudy) -> None:

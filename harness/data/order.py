@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 
-ORDER, AUGMENTATION, CROP, BLOCKS, MIXING, RANDOM_OPS = 1, 2, 3, 4, 5, 6  # streams that share no random word
+ORDER, AUGMENTATION, CROP, BLOCKS, MIXING, RANDOM_OPS, LAYERS = 1, 2, 3, 4, 5, 6, 7  # streams that share no random word
 
 
 class Augmentation(NamedTuple):
@@ -150,6 +150,15 @@ def mixing(seed: int, step: int, mixup: float, cutmix: float, size: int) -> Mixi
     edges = [(size * centre / 2**64 - side / 2, size * centre / 2**64 + side / 2) for centre in (x, y)]
     (left, right), (top, bottom) = ((max(0, round(low)), min(size, round(high))) for low, high in edges)
     return Mixing(1 - (right - left) * (bottom - top) / size**2, (left, top, right - left, bottom - top))
+
+
+def layer_draws(seed: int, step: int, layers: int, global_batch_size: int) -> npt.NDArray[np.float32]:
+    """Uniform numbers in [0, 1), one a layer and sample of the global batch of a 0-based step: shape (layers, global_batch_size).
+
+    Of 24 bits, so that fp32 holds them exactly.
+    """
+    words = _words(seed, LAYERS, step, layers * global_batch_size) >> np.uint64(40)
+    return (words.astype(np.float32) * np.float32(2**-24)).reshape(layers, global_batch_size)
 
 
 def _words(seed: int, stream: int, epoch: int, n: int) -> npt.NDArray[np.uint64]:

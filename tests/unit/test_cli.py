@@ -119,8 +119,8 @@ def test_plan_as_json_starts_nothing(wrbench: Command, store: Path) -> None:
         "estimate_seconds",
     }
     assert plan["phases"] == [
-        {"phase": "search", "trials": 8, "ranks": 2, "gpu_hours": None},
-        {"phase": "finalists", "trials": 6, "ranks": 2, "gpu_hours": None},
+        {"phase": "search", "trials": 8, "ranks": 2, "gpu_hours": None, "measured": False},
+        {"phase": "finalists", "trials": 6, "ranks": 2, "gpu_hours": None, "measured": False},
     ]
     assert [(row["seeds"], row["seed_sd"]) for row in plan["power"]] == [(3, 0.07), (3, 0.1), (3, 0.13)]
     assert {key: round(value, 3) for key, value in plan["power"][1].items()} == {

@@ -167,7 +167,7 @@ def test_seed_0_of_every_arm_sees_the_same_data_and_initial_weights_by_construct
         ("finalists.top=5", "finalists.top: 5 must be at most search.points, 4"),
         ("budget=5", "budget: 5 must be"),
         ("..=3", "must be KEY=VALUE with a dotted key"),
-        ("workload=imagenet", "workload: 'imagenet' is not in configs/workload; valid: mnist5k_cnn"),
+        ("workload=imagenet", "workload: 'imagenet' is not in configs/workload; did you mean 'imagenet_vit_s16'? valid: cifar10_"),
         ("workload.data.holdout_per_class=400", "data.holdout_per_class 400 of 10 classes must be fewer than train_samples 4000; e.g. 40"),
         ("budget.epoch=3", "budget.epoch: unknown key; did you mean 'epochs'?"),
         ("ranks=3", "budget.global_batch_size: 100 is not divisible by 3 ranks; e.g. 2 or 4 rank(s), or a batch of 99 or 102"),

@@ -1,0 +1,93 @@
+"""The networks: published sizes, shapes, and what a reduced one does in training."""
+
+import pytest
+import torch
+from torch import nn
+
+from harness import config, models, networks
+from harness.config import BadInput
+from harness.draws import ShakeShake, StochasticDepth
+from harness.norm import BatchNorm
+from tests.trials import DATA, trial
+
+PUBLISHED = {
+    ("resnet50_zero_init", 1000): 25_557_032,  # torchvision's table of weights
+    ("resnet18", 1000): 11_689_512,
+    ("regnet_y_1_6gf", 1000): 11_202_430,
+    ("convnext_tiny", 1000): 28_589_128,
+    ("vit_s16", 1000): 22_050_664,  # timm's vit_small_patch16_224
+    ("wrn_28_10", 10): 36_479_194,  # arXiv 1605.07146, table 4: 36.5M
+    ("shake_26_2x64d", 10): 11_653_978,  # the paper: 11.6M
+    ("shake_26_2x96d", 10): 26_192_922,  # arXiv 1705.07485, table 2: 26.2M
+}
+
+
+def build(name: str, classes: int = 10, size: int = 32) -> nn.Module:
+    data = config.Data(
+        **(DATA | {"channels": 3, "mean": [0.5] * 3, "std": [0.3] * 3, "num_classes": classes, "image_size": size, "holdout_per_class": 0})
+    )
+    return models.BUILDERS[name](data, BatchNorm)
+
+
+@pytest.mark.parametrize(("name", "classes"), PUBLISHED)
+def test_as_many_parameters_as_published(name: str, classes: int) -> None:
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # whose depths are computed by tensors
+        net = build(name, classes, 224 if classes == 1000 else 32)
+    assert sum(p.numel() for p in net.parameters()) == PUBLISHED[name, classes]
+
+
+def test_depths() -> None:
+    """Layers from end to end: of 26, two in each of 12 blocks, the first and the last; of 28, three shortcuts are counted in."""
+    with torch.device("meta"):
+        shake, wide = build("shake_26_2x64d"), build("wrn_28_10")
+    assert 2 * sum(isinstance(m, ShakeShake) for m in shake.modules()) + 2 == 26
+    assert sum(isinstance(m, nn.Conv2d) for m in wide.modules()) == 28
+
+
+def test_a_shortcut_takes_pixels_and_their_neighbours() -> None:
+    """Every second pixel, and every second one of the picture shifted by one to the left and up, zeros at the border."""
+    short = networks._Shortcut(1, 2, 2, lambda _: nn.Identity())
+    nn.init.ones_(short.here.weight)
+    nn.init.ones_(short.beside.weight)
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    out = short(x)
+    assert out[0, 0].tolist() == [[0, 2], [8, 10]]
+    assert out[0, 1].tolist() == [[5, 7], [13, 15]]
+
+
+def test_zero_init_starts_as_the_identity() -> None:
+    blocks = [m for m in build("resnet50_zero_init").modules() if type(m).__name__ == "Bottleneck"]
+    assert len(blocks) == 16
+    assert not any(m.bn3.weight.any() for m in blocks)
+    assert all(m.bn3.weight.all() for m in build("resnet50").modules() if type(m).__name__ == "Bottleneck")
+
+
+def test_convnext_draws_by_the_step() -> None:
+    """No layer of torchvision's own is left that draws from a process's generator."""
+    net = build("convnext_tiny")
+    rates = [m.p for m in net.modules() if isinstance(m, StochasticDepth)]
+    assert rates == pytest.approx([0.1 * i / 17 for i in range(18)])
+    assert not [m for m in net.modules() if type(m).__name__ == "StochasticDepth" and not isinstance(m, StochasticDepth)]
+
+
+@pytest.mark.parametrize(
+    "name", ["mnist5k_cnn", "mnist5k_mlp", "resnet18", "regnet_y_1_6gf", "convnext_tiny", "vit_s16", "wrn_28_10", "shake_26_2x64d"]
+)
+def test_nothing_is_drawn_behind_our_back(name: str) -> None:
+    """Two passes in training give the same, whatever torch's generator holds."""
+    if name.startswith("mnist5k"):
+        net = models.build(trial(model=name).workload, 0).net
+        x = torch.rand(2, 1, 28, 28)
+    else:
+        size = 8 if name.startswith(("wrn", "shake")) else 32
+        net, x = build(name), torch.rand(2, 3, size, size)
+    net.train()
+    torch.manual_seed(1)
+    first = net(x)
+    torch.manual_seed(2)
+    assert torch.equal(net(x), first)
+
+
+def test_patches_must_fit() -> None:
+    with pytest.raises(BadInput, match=r"test: workload.data.image_size: 28 is no multiple of vit_s16's patches of 16 pixels; e.g. 32"):
+        trial(model="vit_s16")
