@@ -411,7 +411,7 @@ def tars_below(folder: Path) -> Iterator[str]:
 
 def _missing(path: Path) -> str:
     if not path.exists():
-        return f"{path}: no such folder; build shards there, e.g. wrbench shards build mnist5k --out {path}"
+        return f"{path}: no such folder; build shards there: wrbench shards build KIND SRC --out {path}"
     if not any(tars_below(path)):
-        return f"{path}: holds no shards; build them in a new folder, e.g. wrbench shards build mnist5k --out {path / 'mnist5k'}"
+        return f"{path}: holds no shards; build them in a new folder: wrbench shards build KIND SRC --out {path / 'new'}"
     return f"{path}: the shards have no index; write one with: wrbench shards index {path}"

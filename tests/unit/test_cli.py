@@ -57,7 +57,7 @@ def study_file(folder: Path, **over: Any) -> Path:
         (["study", "status", "demo", "--set", "budget.epoch=3"], ["budget.epoch", "epochs"]),
         (["study", "submit", "demo", "--cluster", "nowhere"], ["cluster: 'nowhere'", "local"]),
         (["study", "submit", "demo", "--set", "ranks=3"], ["global_batch_size", "100", "3 ranks"]),
-        (["study", "submit", "demo", "--set", "workload.data.path=nowhere"], ["nowhere", "wrbench shards build mnist5k --out"]),
+        (["study", "submit", "demo", "--set", "workload.data.path=nowhere"], ["nowhere", "wrbench shards build KIND SRC --out"]),
         (["study", "submit", "demo", "--phase", "both"], ["both", "finalists"]),
         (["study", "logs", "demo", "abc"], ["'abc'", "none yet"]),
         (["study", "plan"], ["FILE"]),

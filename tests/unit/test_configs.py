@@ -1,0 +1,88 @@
+"""What stands in configs/: every workload and study loads, is planned and dry-run; the ImageNet studies ask what they say they ask."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness import schedule, study
+from harness.config import WorkloadFile
+from harness.study import planned
+from tests.unit.test_cli import Command, wrbench  # noqa: F401 - a fixture
+
+WORKLOADS = sorted(Path("configs/workload").glob("*.yaml"))
+STUDIES = sorted(Path("configs/study").glob("*.yaml"))
+EIGHT = {
+    f"{name}{'W' if decay == 'decoupled' else ''}{'R' if course == 'cosine_restarts' else ''}": (name.lower(), decay, course)
+    for name, decay, course in itertools.product(("Adam", "SGD"), ("l2", "decoupled"), ("cosine", "cosine_restarts"))
+}
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.stem for path in paths]
+
+
+@pytest.mark.parametrize("path", WORKLOADS, ids=names(WORKLOADS))
+def test_a_workload_states_its_reference(path: Path) -> None:
+    workload = WorkloadFile.model_validate(yaml.safe_load(path.read_text()))
+    assert workload.name == path.stem
+    if not workload.name.startswith("mnist5k"):
+        assert workload.reference is not None
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=names(STUDIES))
+def test_a_study_can_be_run(path: Path) -> None:
+    loaded = study.load(path)
+    assert loaded.name == path.stem
+    assert not [line for line in study.warnings(loaded) if "cuts cycle" in line]
+
+
+@pytest.mark.parametrize("name", ["paper_figure1", "imagenet_adamwr_vs_sgdwr", "mnist5k_maps"])
+def test_one_of_each_kind_is_planned_and_dry_run(name: str, wrbench: Command, tmp_path: Path) -> None:  # noqa: F811
+    path = Path(f"configs/study/{name}.yaml")
+    code, out, err = wrbench("study", "plan", path, "--store", tmp_path)
+    assert code == 0, err
+    if not name.startswith("mnist5k"):
+        assert "GPU-hours of training: " in out
+        assert " of an A100 at " in out
+    code, out, err = wrbench("study", "submit", path, "--cluster", "slurm", "--dry-run", "--store", tmp_path)
+    assert code == 0, err
+    assert "#SBATCH --array" in out
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize("path", [p for p in STUDIES if p.stem.startswith("imagenet")], ids=lambda p: p.stem)
+def test_restarts_and_decoupling_are_not_confounded(path: Path) -> None:
+    loaded = study.load(path)
+    trials = {p.arm: p.trial for p in reversed(planned(loaded, {})) if p.trial is not None}
+    assert {name: (t.optimizer.name, t.decay.name, t.schedule.name) for name, t in trials.items() if name in EIGHT} == EIGHT
+    assert set(trials) - set(EIGHT) == {"AdamWR-defaults", "AdamWR-eps", "AdamWR-reset"}
+    ends = [6, 18] if "18" in path.stem else [6, 18, 42, 90]
+    per_epoch = schedule.steps_per_epoch(trials["SGDWR"])
+    assert schedule.cycle_ends(trials["SGDWR"]) == [end * per_epoch for end in ends]
+    defaults = trials["AdamWR-defaults"].optimizer
+    assert (defaults.eps, defaults.betas) == (1e-8, (0.9, 0.999))
+    assert [name for name, t in trials.items() if getattr(t.schedule, "reset_moments", False)] == ["AdamWR-reset"]
+    paper = path.stem.endswith("_paper")
+    for t in trials.values():
+        assert t.decay.exempt_1d is not paper
+        assert (t.schedule.warmup_epochs == 0) is paper
+        assert t.workload.recipe.label_smoothing == (0 if paper or "vit" in path.stem else 0.1)
+    points = {name: len([p for p in planned(loaded, {}) if p.arm == name and p.phase == "search"]) for name in trials}
+    assert len(set(points.values())) == 1, "equal budgets"
+
+
+def test_a_departure_from_the_reference_is_told() -> None:
+    path = Path("configs/study/imagenet_18_epochs_paper.yaml")
+    told = [line for line in study.warnings(study.load(path)) if "departs from its reference" in line]
+    assert len(told) == 1
+    for what in (
+        "data.image_size: 128 instead of 224",
+        "recipe.label_smoothing: 0.0 instead of 0.1",
+        "budget.epochs: 18.0 instead of 90.0",
+    ):
+        assert what in told[0]
+    assert not [line for line in study.warnings(study.load("configs/study/imagenet_adamwr_vs_sgdwr.yaml")) if "departs" in line]
