@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from analysis.compare import ArmResult, Comparison, Pair, sentence, signed
+from analysis.compare import ArmResult, Comparison, Pair, interval, sentence, signed
 from analysis.maps import Map
 from analysis.runs import Records
 from analysis.searches import Duel, Searches
@@ -39,10 +39,11 @@ def _decoupling(arms: dict[str, Arm], comparison: Comparison, maps: Sequence[Map
         if m.index.share_interval is not None:
             low, high = (100 * end for end in m.index.share_interval)
             yield (
-                f"{m.arm}: {100 * m.index.share:.0f} % of the error's variation within {m.index.within:g} points of the best is "
+                f"{m.arm}: {_percent(m.index.share)} % of the error's variation within {m.index.within:g} points of the best is "
                 f"interaction of learning rate and decay (95 % interval {low:.0f} to {high:.0f} %, n = {m.index.n} runs)"
                 + (
-                    f"; the best decay moves {signed(m.index.slope)} decades a decade of learning rate."
+                    f"; the best decay moves {signed(m.index.slope)} decades a decade of learning rate (95 % interval "
+                    f"{interval(m.index.slope_interval) if m.index.slope_interval else 'none'})."
                     if math.isfinite(m.index.slope)
                     else "."
                 )
@@ -58,6 +59,11 @@ def _decoupling(arms: dict[str, Arm], comparison: Comparison, maps: Sequence[Map
         yield "The errors of decoupled decay and L2 are not compared: no such pair is among the study's comparisons."
     elif not maps:
         yield "Whether learning rate and decay decouple is not measured: that needs a map (sampler grid over both)."
+
+
+def _percent(share: float) -> str:
+    """An unbiased estimate of a share that is near zero may be below it."""
+    return f"{100 * share:.0f}".replace("-", "−")
 
 
 def _behind(arms: dict[str, Arm], comparison: Comparison) -> Iterator[str]:

@@ -160,7 +160,8 @@ def _beside(pair: Pair) -> str:
         "paired": f"Paired over the {d.n} seeds that both have{correlation}",
         "seeds x images": f"For other seeds and other images, n = {d.n_a} and {d.n_b} seeds",
     }[d.method]
-    return f"{how}: {signed(d.value)} points, 95 % interval {found}, {d.verdict}."
+    together = f" ({interval(d.simultaneous)} together with the other {d.family - 1})" if d.family > 1 and d.simultaneous else ""
+    return f"{how}: {signed(d.value)} points, 95 % interval {found}{together}, {d.verdict}."
 
 
 def protocol(records: Records, comparison: Comparison) -> list[str]:

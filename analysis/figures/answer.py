@@ -13,11 +13,11 @@ from analysis.figures.frame import framed, instead, looks, rows, say
 
 
 def result(comparison: Comparison) -> Figure:
-    """The answer in one picture: each arm's seeds with mean and interval, and each difference with its interval."""
-    rows = max(len(comparison.arms), len(comparison.pairs))
-    with framed(1.5 + 0.42 * rows, columns=2) as (figure, (left, right)):
-        _arms(left, comparison)
-        _differences(right, comparison)
+    """The answer in one picture: above each arm's seeds with mean and interval, below each difference with its interval."""
+    arms, pairs = max(1, len(comparison.arms)), max(1, len(comparison.pairs))
+    with framed(1.8 + 0.42 * (arms + pairs), rows=2, shared=False, heights=(arms, pairs)) as (figure, (above, below)):
+        _arms(above, comparison)
+        _differences(below, comparison)
     return figure
 
 

@@ -128,7 +128,7 @@ def finish(axes: Axes, table: pd.DataFrame, column: str, title: str, without: st
     axes.set_xlim(0, 1.04 * table.epoch.max())
     mark(axes, sorted(set(table.epoch[table.cycle_end])))
     axes.plot([], [], color="#777777", linewidth=0.8, linestyle=(0, (1, 2)), label="end of a cycle")
-    axes.legend(loc="upper right")
+    axes.legend(loc="best", fontsize=7)
 
 
 def say(axes: Axes, text: str) -> None:
@@ -143,8 +143,10 @@ def count(counts: pd.Series) -> str:
 
 
 @contextmanager
-def framed(height: float, rows: int = 1, columns: int = 1, shared: bool = True) -> Iterator[tuple[Figure, list[Axes]]]:
-    """The figure and its panels, row by row. shared: panels of a column have one x axis."""
+def framed(
+    height: float, rows: int = 1, columns: int = 1, shared: bool = True, heights: Sequence[float] | None = None
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """The figure and its panels, row by row. shared: panels of a column have one x axis. heights: of the rows, relative."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        yield figure, list(figure.subplots(rows, columns, sharex=shared and rows > 1, squeeze=False).flat)
+        yield figure, list(figure.subplots(rows, columns, sharex=shared and rows > 1, squeeze=False, height_ratios=heights).flat)

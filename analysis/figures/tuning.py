@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.compare import Comparison
-from analysis.figures.frame import framed, key, looks, say
+from analysis.figures.frame import LOOKS, framed, key, looks, say
 from analysis.maps import Map
 from analysis.searches import Searches
 
@@ -71,7 +71,7 @@ def _axis(axes: Axes, m: Map) -> None:
     d = m.index
     share = f"interaction {d.share:.2f}" if math.isfinite(d.share) else "no index"
     slope = f", slope {d.slope:.2f}" if math.isfinite(d.slope) else ""
-    axes.set_title(f"{m.arm} ({share}{slope}; n = {d.n} runs)".replace("-0.", "−0.").replace("-1.", "−1."), fontsize=7.5)
+    axes.set_title(f"{m.arm}\n{share}{slope}; n = {d.n} runs".replace("-0.", "−0.").replace("-1.", "−1."), fontsize=7.5)
 
 
 def budget_curves(searches: Searches, comparison: Comparison) -> Figure:
@@ -88,13 +88,14 @@ def budget_curves(searches: Searches, comparison: Comparison) -> Figure:
         for place, (a, b) in enumerate(dict.fromkeys((duel.a, duel.b) for duel in searches.duels)):
             wins = {d.budget: d.wins for d in searches.duels if (d.a, d.b) == (a, b)}
             low, value, high = np.array([(w.interval[0], w.value, w.interval[1]) for w in wins.values() if w.interval]).reshape(-1, 3).T
+            own = LOOKS[place % len(LOOKS)]
             below.errorbar(
                 np.array([float(budget) for budget, w in wins.items() if w.interval]) + 0.06 * place,
                 value,
                 yerr=[value - low, high - value],
-                fmt=look[a].marker,
-                color=look[a].color,
-                linestyle=(0, (2 + 2 * place, 1.5)),
+                fmt=own.marker,
+                color=own.color,
+                linestyle=own.line,
                 capsize=2,
                 linewidth=1,
                 markersize=3.5,
@@ -107,6 +108,10 @@ def budget_curves(searches: Searches, comparison: Comparison) -> Figure:
         below.axhline(0.5, color="#777777", linewidth=0.8)
         below.set_ylim(0, 1)
         if searches.curves:
+            medians = np.array([p.tuned.value for points in searches.curves.values() for p in points])
+            medians = medians[np.isfinite(medians)]
+            if len(medians):  # intervals of a single trial reach to failures, and would flatten the curves
+                above.set_ylim(max(0.0, 1.5 * medians.min() - 0.5 * medians.max()), 2 * medians.max() - medians.min() + 0.1)
             above.legend(loc="upper right", fontsize=7)
         else:
             say(above, "no arm has searched enough points")
@@ -142,6 +147,9 @@ def gap_plot(points: pd.DataFrame, comparison: Comparison, split: str) -> Figure
             return figure
         axes.set_xscale("log")
         lowest = float(drawn.error.min())
-        axes.set_ylim(max(0.0, lowest - 1), min(float(drawn.error.max()) + 1, 4 * lowest + 10))
-        axes.legend(loc="upper left", fontsize=7)
+        highest = min(float(drawn.error.max()), 4 * lowest + 9)
+        axes.set_ylim(max(0.0, lowest - 1), highest + 1)
+        losses = drawn.loss[drawn.error <= highest]  # those that failed have any loss
+        axes.set_xlim(losses.min() / 1.2, losses.max() * 1.2)
+        axes.legend(loc="best", fontsize=7)
     return figure

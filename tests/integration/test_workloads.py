@@ -1,0 +1,169 @@
+"""Every workload in configs/ at a reduced size: it builds, takes ten steps, and resumes to the same bits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import engine, journal
+from harness.config import Trial
+from harness.data.build import build
+from harness.data.fixture import CLASSES
+from harness.dist import Ranks as Place
+from harness.stopping import StopRequest
+from harness.store import Store
+from harness.study import load, planned
+from harness.train import train
+from tests.integration.ranks import finish, history
+from tests.integration.test_backends import FSDP, ZERO_1, ZERO_2, ZERO_3, on
+from tests.integration.test_train import ADAMW, SGDW, small
+
+WORKLOADS = sorted(path.stem for path in Path("configs/workload").glob("*.yaml") if not path.stem.startswith("mnist5k"))
+SIZE = {"imagenet_vit_s16": 32, "imagenet_convnext_tiny": 32, "imagenet_resnet50": 32, "imagenet_regnety_1_6gf": 32}
+"""of images, pixels; 8 where it is not said"""
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 training and 16 validation photographs."""
+    out = tmp_path_factory.mktemp("photographs") / "shards"
+    build("fixture", None, out, samples=80)
+    return out
+
+
+class After(StopRequest):
+    """Told to stop once the loop has asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self._left = times
+
+    @property
+    def signal(self) -> str | None:  # type: ignore[override]
+        self._left -= 1
+        return "USR2" if self._left < 0 else None
+
+    @signal.setter
+    def signal(self, value: str | None) -> None:
+        pass
+
+
+def reduced(folder: Path, name: str, photographs: Path) -> Trial:
+    """The first trial of a study of the workload: batches of 8 in place of its own, small images, its recipe as it is."""
+    size = SIZE.get(name, 8)
+    path = folder / f"{name}.yaml"
+    path.write_text(f"name: reduced\nworkload: {name}\narms: {{SGDWR: {{optimizer: {{name: sgd}}, schedule: {{name: cosine}}}}}}\n")
+    loaded = load(
+        path,
+        [
+            f"workload.data.path={photographs}", f"workload.data.num_classes={CLASSES}", f"workload.data.image_size={size}",
+            f"workload.data.resize={size + 4}", "workload.recipe.augment=null",  # by processes: tested in test_data_workers
+            "workload.recipe.precision=fp32",  # bf16 takes ten times as long on a CPU without it
+            "workload.data.train_samples=64", "workload.data.holdout_per_class=1",
+            "workload.data.val_samples=16", "workload.recipe.norm_batch_size=null", "budget.global_batch_size=8", "budget.epochs=1.6667",
+            "evaluation.train_eval_samples=8", "evaluation.batch_size=8", "evaluation.log_every_steps=1", "checkpoint.every_epochs=1",
+            f"arms.SGDWR.optimizer={{name: {'adam, lr: 0.0005' if size == 32 else 'sgd, lr: 0.02'}}}",
+            "arms.SGDWR.decay={name: decoupled, weight_decay: 0.05, normalised: true}",
+        ],
+    )  # fmt: skip
+    (trial,) = (p.trial for p in planned(loaded, {}))
+    assert trial is not None
+    return trial
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_ten_steps_and_a_resume(tmp_path: Path, photographs: Path, name: str) -> None:
+    t = reduced(tmp_path, name, photographs)
+    undisturbed = train(t, calm := Store(tmp_path / "calm"))
+    assert (undisturbed["state"], undisturbed["step"]) == ("finished", 10)
+    store = Store(tmp_path / "stopped")
+    assert train(t, store, stop=After(4))["state"] == "interrupted"
+    folder = store.trial(t.study, t.trial_id)
+    assert 0 < journal.fold(journal.read(folder.journal)).steps_done < 10
+    result = train(t, store)
+    assert result["attempts"] == 2
+    assert result["weights_sha256"] == undisturbed["weights_sha256"]
+    assert history(folder) == history(calm.trial(t.study, t.trial_id))
+    shutil.rmtree(tmp_path)  # a gigabyte of checkpoints
+
+
+def test_random_layers_depend_on_neither_ranks_nor_micro_batches(tmp_path: Path, photographs: Path) -> None:
+    """Shake-Shake on one rank, on two with two micro-batches each, and sharded: float64 sums in another order differ by 1e-13,
+    other random numbers by more than 1e-3."""
+    t = reduced(tmp_path, "cifar10_shake26_2x64d", photographs)
+    t = t.model_copy(
+        update={
+            "workload": t.workload.model_copy(
+                update={"recipe": t.workload.recipe.model_copy(update={"precision": "fp64", "norm_batch_size": 2})}
+            ),
+            "budget": t.budget.model_copy(update={"epochs": 0.5}),
+        }
+    )
+    places: list[tuple[dict[str, Any], int]] = [({}, 1), ({"micro_batch_size": 2}, 2), ({"name": "fsdp", "micro_batch_size": 2}, 2)]
+    losses = []
+    for backend, world in places:
+        one = t.model_copy(update={"backend": t.backend.model_validate(backend)})
+        finish(one, store := Store(tmp_path / f"{len(losses)}"), world)
+        points = history(store.trial(t.study, t.trial_id))
+        losses.append([points["train/loss", step] for step in range(3)] + [points["val/loss", 2]])
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("arm", [ADAMW, SGDW], ids=["adamw", "sgdw"])
+@pytest.mark.parametrize("backend", [{}, ZERO_1, ZERO_2, ZERO_3, FSDP], ids=["ddp", "deepspeed-1", "deepspeed-2", "deepspeed-3", "fsdp"])
+def test_reset_moments_leaves_the_weights_alone(few: Path, backend: dict[str, Any], arm: dict[str, Any]) -> None:
+    """The step after it is that of an optimizer that never took one, from the same weights."""
+    one = on(backend, few, arm, budget={"epochs": 1, "global_batch_size": 25})
+    images, labels = torch.randint(0, 255, (25, 1, 28, 28), dtype=torch.uint8), torch.arange(25) % 10
+
+    def stepped(worker: engine.Engine) -> dict[str, torch.Tensor]:
+        worker.train_step(images, labels, lr=0.01, weight_decay=0.001)
+        return {name: value.detach().clone() for name, value in worker._state().items()}
+
+    worker = engine.build(one, Place(0, 0, 1, torch.device("cpu")))
+    stepped(worker)
+    before = stepped(worker)
+    worker.reset_moments()
+    after = stepped(worker)
+    fresh = engine.build(one, Place(0, 0, 1, torch.device("cpu")))
+    fresh._load_weights({name: value.clone() for name, value in before.items()})
+    expected = stepped(fresh)
+    for name, value in expected.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-6, atol=1e-7, msg=name)
+    assert any(not torch.allclose(after[name], before[name], rtol=1e-6, atol=1e-7) for name in before)
+
+
+def test_moments_are_reset_at_every_restart_and_nowhere_else(tmp_path: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by the attempt that resumes at a restart."""
+    t = small(few, **SGDW, schedule={"name": "cosine_restarts", "t_0": 3 / 7, "t_mult": 2, "reset_moments": True})
+    seen: list[int] = []
+    taken = 0
+    plain_reset, plain_step = engine.Engine.reset_moments, engine.Engine.train_step
+
+    def reset(self: engine.Engine) -> None:
+        seen.append(taken)
+        plain_reset(self)
+
+    def step(self: engine.Engine, *args: Any, **options: Any) -> engine.Step:
+        nonlocal taken
+        taken = options["step"] + 1
+        return plain_step(self, *args, **options)
+
+    monkeypatch.setattr(engine.Engine, "reset_moments", reset)
+    monkeypatch.setattr(engine.Engine, "train_step", step)
+    undisturbed = train(t, Store(tmp_path / "calm"))
+    assert seen == [3, 9]
+    store = Store(tmp_path / "stopped")
+    train(t, store, stop=After(8))  # asked once a step: it stops after the ninth
+    taken = 9
+    result = train(t, store)
+    assert seen == [3, 9, 3, 9]
+    assert result["weights_sha256"] == undisturbed["weights_sha256"]
+    kept = small(few, **SGDW)
+    assert kept.trial_id != t.trial_id
+    assert train(kept, Store(tmp_path / "kept"))["weights_sha256"] != undisturbed["weights_sha256"]
