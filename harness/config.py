@@ -271,6 +271,7 @@ class Reference(Frozen):
 
     source: str = Field(description="of the recipe and the error: paper and table, or the name of the weights")
     top1_error: Number | None = Field(ge=0, le=100, description="validation error, percent; null: no number is printed", examples=[22.53])
+    parameters: Whole = Field(ge=1, description="of the network, as published", examples=[25_557_032])
     gpu: str = Field(description="that images_per_second is of", examples=["A100"])
     images_per_second: Positive = Field(
         description="that one GPU trains on, at the workload's image_size: prices a plan until a run is measured", examples=[2500]

@@ -61,6 +61,24 @@ def schedule(trial: Trial, step: int) -> tuple[float, int, float]:
     return _eta(trial, step, t_cur), cycle, _lambda(trial, end - start)
 
 
+def evaluations(trial: Trial) -> set[int]:
+    """Step counts after which holdout and validation are evaluated."""
+    return {*cycle_ends(trial), *_every(trial, trial.evaluation.every_epochs), total_steps(trial)}
+
+
+def checkpoints(trial: Trial) -> set[int]:
+    """Step counts after which a checkpoint is saved."""
+    return {*cycle_ends(trial), *_every(trial, trial.checkpoint.every_epochs), total_steps(trial)}
+
+
+def _every(trial: Trial, epochs: float | None) -> set[int]:
+    """Step counts at every multiple of `epochs` within the budget."""
+    if epochs is None:
+        return set()
+    count = math.floor(trial.budget.epochs / epochs + 1e-9)
+    return {max(1, round(i * epochs * steps_per_epoch(trial))) for i in range(1, count + 1)}
+
+
 def resets_moments(trial: Trial, step: int) -> bool:
     """Whether the optimizer forgets its moments before this step: at a restart, where the schedule says so."""
     s = trial.schedule

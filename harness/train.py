@@ -16,7 +16,7 @@ from harness.config import Trial
 from harness.data import loader, order
 from harness.dist import Ranks, joined
 from harness.evaluate import Evaluated, evaluate
-from harness.schedule import cycle_ends, resets_moments, schedule, steps_per_epoch, total_steps
+from harness.schedule import checkpoints, cycle_ends, evaluations, resets_moments, schedule, steps_per_epoch, total_steps
 from harness.stopping import StopRequest
 from harness.store import Store
 
@@ -44,9 +44,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         worker = engine.build(trial, ranks)
         resumed = attempt.resume(worker, **data.sha256())
         clock, answer = Clock(resumed.train_seconds, resumed.wait_seconds, ranks.device), resumed.answer
-        total, ends = total_steps(trial), set(cycle_ends(trial))
-        evaluations = ends | _every(trial, trial.evaluation.every_epochs) | {total}
-        saves = ends | _every(trial, trial.checkpoint.every_epochs) | {total}
+        total, ends, evaluated, saves = total_steps(trial), set(cycle_ends(trial)), evaluations(trial), checkpoints(trial)
         batches = loader.train_batches(data, trial, ranks.rank, ranks.world_size, resumed.steps_done, total)
         measured: dict[str, float] = {}
 
@@ -62,7 +60,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
             result = worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, step=step, mix=mix, measure=done in ends)
 
             stopping = False
-            if done % trial.evaluation.log_every_steps == 0 or done in evaluations | saves:
+            if done % trial.evaluation.log_every_steps == 0 or done in evaluated | saves:
                 own = [float(result.loss) / ranks.world_size, stop.signal is not None, attempt.written(), attempt.is_superseded()]
                 loss, stops, written, superseded = ranks.sums(own)
                 if superseded:
@@ -76,7 +74,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
                 if written == ranks.world_size:
                     with clock.stopped():
                         attempt.commit()
-            if done in evaluations:
+            if done in evaluated:
                 with clock.stopped():
                     measured = _evaluate(trial, worker, data, attempt, done) | attempt.substitutions(step, data.substituted)
                     if done in ends:
@@ -93,14 +91,6 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         if broken := checkpoint.non_finite(measured | weights):  # by the last update: no loss comes after it
             return attempt.end("diverged", total, None, f"{broken} is not finite after the last step, {total - 1}")
         return attempt.end("finished", total, checkpoint.weights_sha256(weights))
-
-
-def _every(trial: Trial, epochs: float | None) -> set[int]:
-    """Step counts at every multiple of `epochs` within the budget."""
-    if epochs is None:
-        return set()
-    count = math.floor(trial.budget.epochs / epochs + 1e-9)
-    return {max(1, round(i * epochs * steps_per_epoch(trial))) for i in range(1, count + 1)}
 
 
 def _evaluate(trial: Trial, worker: engine.Engine, data: loader.DataSet, attempt: Attempt, done: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from harness.config import BadInput, Cluster, Slurm, Trial
 from harness.data.index import checked
 from harness.store import Store
 from harness.study import LoadedStudy, Planned, axis_values, planned, warnings
-from launch import power
+from launch import power, scaling
 from launch.local import places, visible_gpus
 from launch.standing import standings
 from launch.submit import any_trial, world_size
@@ -98,6 +98,7 @@ def as_json(loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: 
         "arms": list(loaded.study.arms),
         "trials": trials,
         "phases": phases(loaded, plan, store, cluster),
+        "scale": scale(loaded, plan, cluster),
         "power": power_rows(loaded),
         "warnings": plan_warnings(loaded),
     }
@@ -123,6 +124,22 @@ def referred_gpu_hours(loaded: LoadedStudy) -> float | None:
     if reference is None:
         return None
     return schedule.total_steps(trial) * trial.budget.global_batch_size / reference.images_per_second / 3600
+
+
+def scale(loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> dict[str, Any]:
+    """What launch.scaling says of the arm that takes most: points, and, where the workload states parameters, bytes and images."""
+    trial, ranks = any_trial(loaded), world_size(loaded, cluster)
+    reference, kept = loaded.workload.reference, max(scaling.moments(p.trial.optimizer) for p in plan if p.trial is not None)
+    found: dict[str, Any] = {"ranks": ranks, "points_a_trial": scaling.points(trial)}
+    if reference is None:
+        return found
+    micro_batches = trial.budget.global_batch_size // ranks // trial.micro_batch_size(ranks)
+    return found | {
+        "bytes_a_rank": scaling.memory(reference.parameters, kept, trial.backend, ranks).total,
+        "bytes_sent_a_step": scaling.traffic(reference.parameters, trial.backend, ranks, micro_batches),
+        "checkpoint_bytes": scaling.checkpoint_bytes(reference.parameters, kept),
+        "images_a_second": reference.images_per_second * ranks,
+    }
 
 
 def power_rows(loaded: LoadedStudy) -> list[dict[str, Any]]:
@@ -164,9 +181,22 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
     )
     for row in phases(loaded, plan, store, cluster):
         out.print(f"{row['phase']}: {row['trials']} trials, GPU-hours of training: {_hours(loaded, row)}", soft_wrap=True)
+    _show_scale(out, loaded, plan, cluster)
     _show_power(out, loaded)
     if with_schedule:
         _show_schedules(out, plan)
+
+
+def _show_scale(out: Console, loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> None:
+    on_paper = scale(loaded, plan, cluster)
+    if "bytes_a_rank" not in on_paper:
+        return
+    held, sent, saved = (f"{on_paper[key] / 1e9:.2f} GB" for key in ("bytes_a_rank", "bytes_sent_a_step", "checkpoint_bytes"))
+    out.print(
+        f"on paper, a rank of {on_paper['ranks']} ({any_trial(loaded).backend.name}): {held} of weights, gradients and moments, {sent} sent "
+        f"a step; a checkpoint: {saved}; images to read: {on_paper['images_a_second']:,.0f} a second; points: {on_paper['points_a_trial']:,}",
+        soft_wrap=True,
+    )
 
 
 def _hours(loaded: LoadedStudy, phase: Mapping[str, Any]) -> str:

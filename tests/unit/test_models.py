@@ -1,7 +1,10 @@
 """The networks: published sizes, shapes, and what a reduced one does in training."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from harness import config, models, networks
@@ -34,6 +37,15 @@ def test_as_many_parameters_as_published(name: str, classes: int) -> None:
     with torch.device("cpu" if name.startswith("regnet") else "meta"):  # whose depths are computed by tensors
         net = build(name, classes, 224 if classes == 1000 else 32)
     assert sum(p.numel() for p in net.parameters()) == PUBLISHED[name, classes]
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/workload").glob("[ci]*.yaml")), ids=lambda path: path.stem)
+def test_a_workload_states_its_parameters(path: Path) -> None:
+    workload = config.WorkloadFile.model_validate(yaml.safe_load(path.read_text()))
+    with torch.device("cpu" if workload.model.name.startswith("regnet") else "meta"):
+        net = models.BUILDERS[workload.model.name](workload.data, BatchNorm)
+    assert workload.reference is not None
+    assert sum(p.numel() for p in net.parameters()) == workload.reference.parameters
 
 
 def test_depths() -> None:
