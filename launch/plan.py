@@ -192,9 +192,10 @@ def _show_scale(out: Console, loaded: LoadedStudy, plan: Sequence[Planned], clus
     if "bytes_a_rank" not in on_paper:
         return
     held, sent, saved = (f"{on_paper[key] / 1e9:.2f} GB" for key in ("bytes_a_rank", "bytes_sent_a_step", "checkpoint_bytes"))
+    where = f"a rank of {on_paper['ranks']} ({any_trial(loaded).backend.name})"
     out.print(
-        f"on paper, a rank of {on_paper['ranks']} ({any_trial(loaded).backend.name}): {held} of weights, gradients and moments, {sent} sent "
-        f"a step; a checkpoint: {saved}; images to read: {on_paper['images_a_second']:,.0f} a second; points: {on_paper['points_a_trial']:,}",
+        f"on paper, {where}: {held} of weights, gradients and moments, {sent} sent a step; a checkpoint: {saved}; "
+        f"images to read: {on_paper['images_a_second']:,.0f} a second; points: {on_paper['points_a_trial']:,}",
         soft_wrap=True,
     )
 
