@@ -43,6 +43,7 @@ def _map(name: str, records: Records) -> Map:
     study = records.study.study
     table = records.trials
     rows = table[table.planned & (table.arm == name) & (table.phase == "search")]
+    rows = rows[(rows["optimizer.lr"] > 0) & (rows["decay.weight_decay"] > 0)]  # zero has no place on a logarithmic axis
     metric, split = searched(records.study)
     lr = np.array(sorted(set(rows["optimizer.lr"])), dtype=float)
     decay = np.array(sorted(set(rows["decay.weight_decay"])), dtype=float)

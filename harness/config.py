@@ -158,7 +158,7 @@ class RandAugment(Frozen):
 
     name: Literal["randaugment"]
     num_ops: Whole = Field(2, ge=1, le=14, description="one after the other", examples=[2])
-    magnitude: Whole = Field(9, ge=0, le=30, description="of each, of 30", examples=[9])
+    magnitude: Whole = Field(9, ge=0, le=30, description="of each, of 30; published ones are often of 10", examples=[9])
 
 
 class TrivialAugment(Frozen):

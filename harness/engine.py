@@ -84,7 +84,7 @@ class Engine(ABC):
         *,
         lr: float,
         weight_decay: float,
-        step: int = 0,
+        step: int,
         mix: Mixing | None = None,
         measure: bool = False,
     ) -> Step:

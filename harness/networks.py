@@ -58,7 +58,10 @@ class _Branch(nn.Sequential):
 
 
 class _Shortcut(nn.Module):
-    """Where the shape changes: every stride-th pixel and its neighbour to the right below, by a 1x1 convolution each, side by side."""
+    """Where the shape changes: every stride-th pixel and its neighbour to the left above, by a 1x1 convolution each, side by side.
+
+    The second path sees the picture moved by a pixel to the right and down, as in the released code.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class _Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
-        shifted = F.pad(x, (-1, 1, -1, 1))
+        shifted = F.pad(x, (1, -1, 1, -1))
         halves = [self.here(x[..., :: self.stride, :: self.stride]), self.beside(shifted[..., :: self.stride, :: self.stride])]
         out: Tensor = self.norm(torch.cat(halves, dim=1))
         return out

@@ -149,7 +149,7 @@ def _workload(study: Study, source: str) -> tuple[WorkloadFile, str, tuple[str, 
         return key if key.partition(".")[0] in DEFAULTS else f"workload.{key}"
 
     workload = parse(WorkloadFile, document, where, as_written)
-    departures = _departures(parse(WorkloadFile, base, where, as_written), workload)
+    departures = _departures(parse(WorkloadFile, base, where, as_written), workload) if base.get("reference") else ()
     evaluation, test = workload.evaluation, workload.evaluation.test
     if test is not None:
         evaluation = evaluation.model_copy(update={"test": test.model_copy(update={"path": _absolute(test.path)})})
@@ -158,9 +158,7 @@ def _workload(study: Study, source: str) -> tuple[WorkloadFile, str, tuple[str, 
 
 
 def _departures(base: WorkloadFile, workload: WorkloadFile) -> tuple[str, ...]:
-    """DOTTED KEY: VALUE instead of VALUE, of all that a result hangs on; none for a workload without a reference."""
-    if base.reference is None:
-        return ()
+    """DOTTED KEY: VALUE instead of VALUE, of all that a result hangs on."""
     before, now = (dict(_leaves(w.model_dump(mode="json", include=REFERRED))) for w in (base, workload))
     return tuple(f"{key}: {now.get(key)} instead of {before.get(key)}" for key in before | now if now.get(key) != before.get(key))
 

@@ -20,7 +20,7 @@ import typer
 
 from harness import study as studies
 from harness import tracking
-from harness.config import CONFIGS, BadInput, Slurm, Trial, find, parse, read_cluster, read_yaml
+from harness.config import CONFIGS, BadInput, Cluster, Slurm, Trial, find, parse, read_cluster, read_yaml
 from harness.publish import publish
 from harness.store import Store
 from harness.study import LoadedStudy
@@ -101,11 +101,11 @@ def plan(
         print(json.dumps(plans.as_json(loaded, Store(store), where, schedule), indent=2))
         return
     plans.show(console(), loaded, Store(store), where, schedule)
-    _warn(loaded)
+    _warn(loaded, where)
 
 
-def _warn(loaded: LoadedStudy) -> None:
-    for warning in plans.plan_warnings(loaded):
+def _warn(loaded: LoadedStudy, cluster: Cluster) -> None:
+    for warning in plans.plan_warnings(loaded, cluster):
         print(f"warning: {warning}", file=sys.stderr)
 
 
@@ -127,7 +127,7 @@ def submit(
     if isinstance(where, Slurm):
         if dry_run:
             print("\n".join(arrays.dry_run(loaded, kept, where, phase, retry)))
-            _warn(loaded)
+            _warn(loaded, where)
             return 0
         done, over = arrays.submit(loaded, kept, where, phase=phase, retry=retry, prune=prune, chain=chain)
         return deliver_and_report(loaded, kept) if chain and over else done
@@ -135,7 +135,7 @@ def submit(
         raise BadInput(f"--{'prune' if prune else 'chain'}: is for SLURM; {cluster} is executor {where.executor}")
     if dry_run:
         print("\n".join(submissions.dry_run(loaded, kept, phase, retry)))
-        _warn(loaded)
+        _warn(loaded, where)
         return 0
     if detach:
         print(submissions.detach(loaded, kept, where, [a for a in sys.argv[1:] if a != "--detach"]))

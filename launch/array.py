@@ -69,13 +69,18 @@ def check(loaded: LoadedStudy, store: Store, cluster: Slurm) -> None:
     """BadInput, a line a mistake, unless every trial of the study could start now, as far as a login node can know."""
     from launch import sbatch
 
-    for phase, trial in _of_each_phase(loaded):
-        trial.micro_batch_size(shape_of(loaded, cluster, phase).ranks)
+    check_ranks(loaded, cluster)
     checked(loaded.workload.data, loaded.workload.evaluation.test)
     store.check_writable()
     tracking.check_store(store)
     for phase, _ in _of_each_phase(loaded):
         sbatch.check(cluster.of_phase(phase))
+
+
+def check_ranks(loaded: LoadedStudy, cluster: Slurm) -> None:
+    """BadInput unless every trial's batch can be split over the ranks it would get."""
+    for phase, trial in _of_each_phase(loaded):
+        trial.micro_batch_size(shape_of(loaded, cluster, phase).ranks)
 
 
 def _of_each_phase(loaded: LoadedStudy) -> Iterator[tuple[str, Trial]]:
@@ -376,6 +381,7 @@ def dry_run(loaded: LoadedStudy, store: Store, cluster: Slurm, phase: str | None
     """What `submit` would hand to sbatch, and for which trials."""
     from launch import sbatch
 
+    check_ranks(loaded, cluster)
     work = Work(loaded, store, cluster, phase, retry)
     if work.standings.warning:
         yield f"warning: {work.standings.warning}"

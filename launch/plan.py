@@ -100,7 +100,7 @@ def as_json(loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: 
         "phases": phases(loaded, plan, store, cluster),
         "scale": scale(loaded, plan, cluster),
         "power": power_rows(loaded),
-        "warnings": plan_warnings(loaded),
+        "warnings": plan_warnings(loaded, cluster),
     }
 
 
@@ -133,7 +133,10 @@ def scale(loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> dic
     found: dict[str, Any] = {"ranks": ranks, "points_a_trial": scaling.points(trial)}
     if reference is None:
         return found
-    micro_batches = trial.budget.global_batch_size // ranks // trial.micro_batch_size(ranks)
+    try:
+        micro_batches = trial.budget.global_batch_size // ranks // trial.micro_batch_size(ranks)
+    except BadInput:  # told by plan_warnings
+        return found
     return found | {
         "bytes_a_rank": scaling.memory(reference.parameters, kept, trial.backend, ranks).total,
         "bytes_sent_a_step": scaling.traffic(reference.parameters, trial.backend, ranks, micro_batches),
@@ -153,9 +156,13 @@ def power_rows(loaded: LoadedStudy) -> list[dict[str, Any]]:
     ]
 
 
-def plan_warnings(loaded: LoadedStudy) -> list[str]:
-    """What is legal and probably not meant, and shards that a submission would miss."""
+def plan_warnings(loaded: LoadedStudy, cluster: Cluster) -> list[str]:
+    """What is legal and probably not meant, and what a submission would refuse: ranks that do not fit, shards that are not there."""
     found = warnings(loaded)
+    try:
+        any_trial(loaded).micro_batch_size(world_size(loaded, cluster))
+    except BadInput as error:
+        found += str(error).splitlines()
     try:
         checked(loaded.workload.data, loaded.workload.evaluation.test)
     except BadInput as error:

@@ -50,6 +50,8 @@ def _differences(axes: Axes, comparison: Comparison) -> None:
         if math.isfinite(d.value):
             half = [[d.value - d.interval[0]], [d.interval[1] - d.value]] if d.interval else None
             filled = "#222222" if pair.declared else "white"
+            if d.family > 1 and d.simultaneous is not None:
+                axes.plot(d.simultaneous, (place, place), color="#222222", linewidth=0.7)
             axes.errorbar(d.value, place, xerr=half, fmt=look[pair.a].marker, color="#222222", markerfacecolor=filled, capsize=3)
     rows(
         axes,
@@ -61,7 +63,10 @@ def _differences(axes: Axes, comparison: Comparison) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, -1.5 * margin), max(high, 1.5 * margin))
     axes.set_xlabel(f"Points of error (band: ±{margin:g})")
-    axes.set_title("Differences, 95 % interval")
+    family = max((pair.difference.family for pair in comparison.pairs), default=1)
+    axes.set_title(
+        "Differences, 95 % interval" + (f"; thin: for all {family} pairs together, by which they are judged" if family > 1 else "")
+    )
     if not comparison.pairs:
         say(axes, "one arm: nothing to compare")
 

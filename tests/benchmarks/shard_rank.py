@@ -115,7 +115,7 @@ class Memory:
             worker = engine.build(self.trial, ranks)
             gradients = MostGradients(worker)
             for _ in range(2):
-                worker.train_step(*batch(self.trial, ranks), lr=1e-6, weight_decay=1e-6)
+                worker.train_step(*batch(self.trial, ranks), lr=1e-6, weight_decay=1e-6, step=0)
             weights = storages(whole_weights(worker))
             stepped = storages(piece.tensor for piece in worker._slices().values())
             states = (worker._optimizer.state[piece.tensor] for piece in worker._slices().values())
@@ -222,7 +222,7 @@ class Update:
             fused, gradients = self._fused(models.build(self.trial.workload, 0).to(ranks.device))
         around(worker, timed)
         for _ in range(WARM_UP + self.repetitions):
-            worker.train_step(*batch(self.trial, ranks), lr=1e-6, weight_decay=1e-6)
+            worker.train_step(*batch(self.trial, ranks), lr=1e-6, weight_decay=1e-6, step=0)
             for p, gradient in gradients.items():
                 p.grad = gradient.clone()
             timed(lambda: (fused.step(), fused.zero_grad(set_to_none=True)))  # type: ignore[arg-type, return-value]
@@ -283,7 +283,7 @@ class Stall:
 
         def step() -> float:
             clock.lap()
-            worker.train_step(images, labels, lr=1e-6, weight_decay=1e-6)
+            worker.train_step(images, labels, lr=1e-6, weight_decay=1e-6, step=0)
             return clock.lap()
 
         quiet, slowed, snapshots, commits, background = [], [], [], [], []

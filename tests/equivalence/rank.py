@@ -123,7 +123,7 @@ class EngineRun:
                 if step in self.stale:
                     lam = schedule(self.trial, self.stale[step])[2]
                 lr, weight_decay = optim.hyperparameters(self.trial.optimizer, self.trial.decay, eta, lam)
-                worker.train_step(images, labels, lr=lr, weight_decay=weight_decay)
+                worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, step=step)
                 if step + 1 in (*self.saves, self.stop):
                     self._commit(saving, folder)
                     saving = checkpoint.Saving(folder, ranks, self.trial.trial_id, 1, step + 1, worker.save(), {})

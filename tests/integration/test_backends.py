@@ -98,9 +98,9 @@ def test_a_step_with_a_non_finite_gradient_is_not_left_out(few: Path, backend: d
     plain = torch.nn.functional.cross_entropy
     with monkeypatch.context() as patch:
         patch.setattr(mixing.F, "cross_entropy", lambda *a, **k: plain(*a, **k) + (a[0] - a[0].detach()).sum() * torch.inf)
-        worker.train_step(images, labels, lr=0.1, weight_decay=0.0)
+        worker.train_step(images, labels, lr=0.1, weight_decay=0.0, step=0)
     for _ in range(2):
-        assert worker.train_step(images, labels, lr=0.1, weight_decay=0.0).loss.isnan()
+        assert worker.train_step(images, labels, lr=0.1, weight_decay=0.0, step=0).loss.isnan()
 
 
 def test_several_trials_in_one_process(tmp_path: Path, few: Path) -> None:

@@ -11,9 +11,11 @@ import torch
 
 from harness import engine, journal
 from harness.config import Trial
+from harness.data import order
 from harness.data.build import build
 from harness.data.fixture import CLASSES
 from harness.dist import Ranks as Place
+from harness.draws import ShakeShake
 from harness.stopping import StopRequest
 from harness.store import Store
 from harness.study import load, planned
@@ -114,6 +116,32 @@ def test_random_layers_depend_on_neither_ranks_nor_micro_batches(tmp_path: Path,
         assert other == pytest.approx(losses[0], rel=1e-9)
 
 
+def test_every_step_seed_and_micro_batch_draws_anew(tmp_path: Path, photographs: Path) -> None:
+    """What the layers were given is what harness.data.order says of seed, step and place."""
+    t = reduced(tmp_path, "cifar10_shake26_2x64d", photographs)
+    t = t.model_copy(update={"backend": t.backend.model_validate({"micro_batch_size": 2}), "seed": 5})
+    images, labels = torch.randint(0, 255, (8, 3, 8, 8), dtype=torch.uint8), torch.arange(8) % 10
+    worker = engine.build(t, Place(0, 0, 1, torch.device("cpu")))
+    layers = [m for m in worker._model.modules() if isinstance(m, ShakeShake)]
+    given: list[torch.Tensor] = []
+    plain = ShakeShake.uniform
+
+    def uniform(self: ShakeShake, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self is layers[3]:
+            assert self._given is not None
+            given.append(self._given)
+        return plain(self, like)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShakeShake, "uniform", uniform)
+        for step in (0, 7):
+            worker.train_step(images, labels, lr=0.01, weight_decay=0.0, step=step)
+    assert len(given) == 8, "four micro-batches of each step"
+    for place, step in enumerate((0, 7)):
+        drawn = order.layer_draws(5, step, 2 * len(layers), 8)[6:8]
+        assert torch.equal(torch.cat(given[4 * place : 4 * place + 4], dim=1), torch.from_numpy(drawn))
+
+
 @pytest.mark.parametrize("arm", [ADAMW, SGDW], ids=["adamw", "sgdw"])
 @pytest.mark.parametrize("backend", [{}, ZERO_1, ZERO_2, ZERO_3, FSDP], ids=["ddp", "deepspeed-1", "deepspeed-2", "deepspeed-3", "fsdp"])
 def test_reset_moments_leaves_the_weights_alone(few: Path, backend: dict[str, Any], arm: dict[str, Any]) -> None:
@@ -122,7 +150,7 @@ def test_reset_moments_leaves_the_weights_alone(few: Path, backend: dict[str, An
     images, labels = torch.randint(0, 255, (25, 1, 28, 28), dtype=torch.uint8), torch.arange(25) % 10
 
     def stepped(worker: engine.Engine) -> dict[str, torch.Tensor]:
-        worker.train_step(images, labels, lr=0.01, weight_decay=0.001)
+        worker.train_step(images, labels, lr=0.01, weight_decay=0.001, step=0)
         return {name: value.detach().clone() for name, value in worker._state().items()}
 
     worker = engine.build(one, Place(0, 0, 1, torch.device("cpu")))

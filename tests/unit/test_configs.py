@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from harness import schedule, study
-from harness.config import WorkloadFile
+from harness.config import WorkloadFile, read_cluster
 from harness.study import planned
+from launch import array, plan
 from tests.unit.test_cli import Command, wrbench  # noqa: F401 - a fixture
 
 WORKLOADS = sorted(Path("configs/workload").glob("*.yaml"))
@@ -38,6 +39,27 @@ def test_a_study_can_be_run(path: Path) -> None:
     loaded = study.load(path)
     assert loaded.name == path.stem
     assert not [line for line in study.warnings(loaded) if "cuts cycle" in line]
+    array.check_ranks(loaded, read_cluster("slurm"))
+    if loaded.study.sampler.name == "grid":
+        for arm in loaded.study.arms.values():
+            values = [value for point in study.points("any", arm, loaded.study) for value in point.values()]
+            assert min(values) > 0, "a map has logarithmic axes"
+
+
+def test_a_price_is_images_by_speed() -> None:
+    loaded = study.load("configs/study/imagenet_adamwr_vs_sgdwr.yaml")
+    images = 90 * 1202 * 1024  # epochs, floor((1,281,167 - 50,000) / 1024) steps each, images a step
+    assert plan.referred_gpu_hours(loaded) == pytest.approx(images / 2500 / 3600)
+
+
+def test_ranks_that_do_not_fit_are_told_before_anything_is_submitted(wrbench: Command, tmp_path: Path) -> None:  # noqa: F811
+    one = ["paper_figure1", "--cluster", "slurm", "--store", tmp_path, "--set", "ranks=null"]  # as the cluster says: eight
+    code, _, err = wrbench("study", "plan", *one)
+    assert code == 0
+    assert "norm_batch_size: 64 does not divide the micro-batch of 16" in err
+    code, _, err = wrbench("study", "submit", *one, "--dry-run")
+    assert code == 2
+    assert "norm_batch_size: 64 does not divide the micro-batch of 16" in err
 
 
 @pytest.mark.parametrize("name", ["paper_figure1", "imagenet_adamwr_vs_sgdwr", "mnist5k_maps"])

@@ -57,14 +57,48 @@ def test_depths() -> None:
 
 
 def test_a_shortcut_takes_pixels_and_their_neighbours() -> None:
-    """Every second pixel, and every second one of the picture shifted by one to the left and up, zeros at the border."""
+    """Every second pixel, and every second one of the picture moved by one to the right and down, zeros at the border."""
     short = networks._Shortcut(1, 2, 2, lambda _: nn.Identity())
     nn.init.ones_(short.here.weight)
     nn.init.ones_(short.beside.weight)
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     out = short(x)
     assert out[0, 0].tolist() == [[0, 2], [8, 10]]
-    assert out[0, 1].tolist() == [[5, 7], [13, 15]]
+    assert out[0, 1].tolist() == [[0, 0], [0, 5]]
+
+
+@pytest.mark.parametrize(("name", "channels"), [("shake_26_2x64d", (64, 128, 256)), ("wrn_28_10", (160, 320, 640))])
+def test_stages_halve_the_picture(name: str, channels: tuple[int, ...]) -> None:
+    seen: list[tuple[int, ...]] = []
+    with torch.device("meta"):
+        net = build(name)
+        for block in net.children():
+            if type(block).__name__ in ("_ShakeBlock", "_WideBlock"):
+                block.register_forward_hook(lambda _, __, out: seen.append(tuple(out.shape[1:])))
+        net(torch.rand(2, 3, 32, 32))
+    assert seen == [(c, size, size) for c, size in zip(channels, (32, 16, 8), strict=True) for _ in range(4)]
+
+
+def test_a_wide_block_is_its_formula() -> None:
+    """The shortcut of a block that changes shape starts behind the first norm and ReLU."""
+    block = networks._WideBlock(2, 3, 2, nn.BatchNorm2d).double()
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    active = block.norm1(x).clamp(min=0)
+    expected = block.conv2(block.norm2(block.conv1(active)).clamp(min=0)) + block.skip(active)
+    torch.testing.assert_close(block(x), expected)
+    assert networks._WideBlock(2, 2, 1, nn.BatchNorm2d).skip is None
+
+
+def test_a_shake_block_is_its_formula() -> None:
+    """Two branches of ReLU-conv-norm twice; in evaluation their mean, beside the shortcut."""
+    block = networks._ShakeBlock(2, 4, 2, nn.BatchNorm2d).double().eval()
+    x = torch.randn(3, 2, 6, 6, dtype=torch.float64)
+
+    def branch(layers: nn.Sequential) -> torch.Tensor:
+        _, conv1, norm1, _, conv2, norm2 = layers
+        return norm2(conv2(norm1(conv1(x.clamp(min=0))).clamp(min=0)))
+
+    torch.testing.assert_close(block(x), (branch(block.branch1) + branch(block.branch2)) / 2 + block.skip(x))
 
 
 def test_zero_init_starts_as_the_identity() -> None:
