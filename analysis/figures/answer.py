@@ -64,9 +64,7 @@ def _differences(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlim(min(low, -1.5 * margin), max(high, 1.5 * margin))
     axes.set_xlabel(f"Points of error (band: ±{margin:g})")
     family = max((pair.difference.family for pair in comparison.pairs), default=1)
-    axes.set_title(
-        "Differences, 95 % interval" + (f"; thin: for all {family} pairs together, by which they are judged" if family > 1 else "")
-    )
+    axes.set_title("Differences, 95 % interval" + (f" (thin: of all {family} together)" if family > 1 else ""))
     if not comparison.pairs:
         say(axes, "one arm: nothing to compare")
 
