@@ -23,7 +23,7 @@ from harness import tracking
 from harness.config import CONFIGS, BadInput, Cluster, Slurm, Trial, find, parse, read_cluster, read_yaml
 from harness.publish import publish
 from harness.store import Store
-from harness.study import LoadedStudy
+from harness.study import LoadedStudy, planned
 from harness.tracking import DeliveryError
 from launch import array as arrays
 from launch import plan as plans
@@ -37,7 +37,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 study = typer.Typer(no_args_is_help=True, help="Plan, run and watch a study.")
 shards = typer.Typer(no_args_is_help=True, help="Build, index and verify shards of images.")
 app.add_typer(study, name="study")
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 app.add_typer(shards, name="shards")
+app.add_typer(bench, name="bench")
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="a study file, or a name in configs/study")]
 StoreOption = Annotated[Path, typer.Option("--store", help="folder of all runs")]
@@ -283,7 +285,7 @@ def verify(path: ShardsArgument, workers: WorkersOption = None) -> int:
 
 
 @shards.command("bench")
-def bench_shards(
+def shards_bench(
     path: Annotated[Path, typer.Argument(help="folder of the shards, or an index file")],
     image_size: Annotated[int, typer.Option("--image-size", metavar="PIXELS", min=8, help="of the random crops, resized")] = 224,
     gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="to feed")] = 8,
@@ -291,9 +293,30 @@ def bench_shards(
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="to measure for")] = 10,
 ) -> None:
     """How fast these shards are read, decoded and resized here, and how many GPUs that feeds."""
-    from harness.data import bench
+    from harness.data import bench as library
 
-    for line in bench.measure(path, image_size, seconds).lines(gpus, gpu_rate):
+    for line in library.measure(path, image_size, seconds).lines(gpus, gpu_rate):
+        print(line)
+
+
+@bench.command("train")
+def bench_train(
+    file: File,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="of a round")] = 20,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="of each of the three loops, in turn; one more is not counted")] = 5,
+    overrides: SetOption = None,
+) -> None:
+    """How fast the first trial of a study trains here: on shards, on a batch at hand, and by a bare PyTorch loop, side by side."""
+    from harness import bench as library
+    from harness.data.index import checked
+
+    loaded = _load(file, overrides)
+    trial = next(p.trial for p in planned(loaded, {}) if p.trial is not None)
+    checked(trial.workload.data, None)
+    print(f"{trial.workload.name}, {trial.arm}: {trial.workload.model.name}, batch {trial.budget.global_batch_size}, {trial.backend.name}")
+    with bar("measuring", "rounds") as progress:
+        measured = library.measure(trial, steps, rounds, progress)
+    for line in measured.lines():
         print(line)
 
 

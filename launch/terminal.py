@@ -40,7 +40,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table
 
 
 @contextmanager
-def bar(title: str, unit: Literal["images", "bytes"]) -> Iterator[Callable[[int, int], None]]:
+def bar(title: str, unit: Literal["images", "bytes", "rounds"]) -> Iterator[Callable[[int, int], None]]:
     """A function (done, total) that moves a bar with rate and time left on stderr; at a terminal only, and gone at the end."""
     out = Console(stderr=True)
     amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), _Rate())

@@ -1,0 +1,170 @@
+"""`wrbench bench train`: images a second of the loop on shards, of the same loop on a batch at hand, and of a bare loop.
+
+The three take turns, round by round, in one process, so that what else the machine does meets them alike. On a batch that is on the
+device already nothing is read: the bound of the loop on shards. The bare loop is what one would write without any of this: the same
+network, compiled or not, torch's fused optimizer, no journal, no schedule. Nothing is evaluated, saved or tracked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness import engine, models, optim
+from harness.config import Trial
+from harness.data import loader, order
+from harness.dist import Ranks, joined
+from harness.schedule import schedule, total_steps
+
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+"""FLOP a second of a device's matrix units in bf16, dense, by a part of its name: NVIDIA's data sheets"""
+
+KINDS = ("ours, on shards", "ours, on a batch at hand", "bare loop")
+
+
+@dataclass(frozen=True)
+class Measured:
+    images_per_second: dict[str, list[float]]
+    """kind -> one a round, all ranks together"""
+    step_seconds: dict[str, list[float]]
+    """kind -> each step of this rank, between two that the device has finished"""
+    wait_fraction: float
+    """of the loop on shards: share of its time spent waiting for a batch"""
+    flops_a_second: float
+    """of this rank, forward and backward, on the batch at hand: multiplications and additions of matrix products and convolutions"""
+    device: str
+    peak_bytes: int | None
+    """of the device's memory, ours and the bare loop's together; None on a CPU"""
+
+    def lines(self) -> Iterator[str]:
+        best = statistics.median(self.images_per_second[KINDS[1]])
+        for kind in KINDS:
+            rates, steps = self.images_per_second[kind], sorted(self.step_seconds[kind])
+            p50, p99 = (1e3 * steps[min(len(steps) - 1, int(q * len(steps)))] for q in (0.5, 0.99))
+            yield (
+                f"{kind:<26}{statistics.median(rates):>12,.1f} images/s ({min(rates):,.1f} to {max(rates):,.1f}), "
+                f"{statistics.median(rates) / best:.3f} of the batch at hand; step p50 {p50:.2f} ms, p99 {p99:.2f} ms"
+            )
+        ours, bare = (self.images_per_second[kind] for kind in KINDS[1:])
+        ratio = statistics.median(b / o for o, b in zip(ours, bare, strict=True))
+        yield f"time of our step / of the bare one, both on the batch at hand, median of {len(ours)} rounds: {ratio:.3f}"
+        peak = next((peak for name, peak in PEAKS.items() if name in self.device), None)
+        share = f"{self.flops_a_second / peak:.0%} of its {peak / 1e12:.0f} in bf16" if peak else "its peak is not known here"
+        memory = f"; peak memory {self.peak_bytes / 1e9:.2f} GB" if self.peak_bytes is not None else ""
+        yield (
+            f"waiting for data: {self.wait_fraction:.1%} of the loop on shards; {self.flops_a_second / 1e12:.3f} TFLOP/s a rank on "
+            f"{self.device}, {share}{memory}"
+        )
+
+
+def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Measured:
+    """`rounds` rounds of `steps` steps of each kind, after one round that is not counted. Collective."""
+    with joined(trial.backend.timeout_seconds) as ranks:
+        recipe = trial.workload.recipe
+        data = loader.open_data(trial.workload.data, recipe.crop is not None or recipe.augment is not None, label_noise=recipe.label_noise)
+        ours, bare = engine.build(trial, ranks), _bare(trial, ranks)
+        images, labels = (t.to(ranks.device) for t in next(iter(_batches(data, trial, ranks))))
+        shards = _batches(data, trial, ranks)
+        waited = 0.0
+
+        def read() -> tuple[Tensor, Tensor]:
+            nonlocal waited
+            began = time.perf_counter()
+            batch = next(shards)
+            waited += time.perf_counter() - began
+            return batch
+
+        takes: dict[str, Callable[[int], object]] = {
+            KINDS[0]: lambda step: _step(ours, trial, step, *read()),
+            KINDS[1]: lambda step: _step(ours, trial, step, images, labels),
+            KINDS[2]: lambda _: bare(images, labels),
+        }
+        rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for number in range(rounds + 1):
+            for kind in KINDS[number % 3 :] + KINDS[: number % 3]:  # each kind follows each
+                if number == 1 and kind == KINDS[0]:
+                    waited = 0.0
+                ranks.barrier()
+                ends = [_now(ranks)]
+                for step in range(steps):
+                    takes[kind](step)
+                    ends.append(_now(ranks))
+                if number:
+                    rates[kind].append(steps * trial.budget.global_batch_size / (ends[-1] - ends[0]))
+                    seconds[kind] += [b - a for a, b in itertools.pairwise(ends)]
+                progress(number * len(KINDS) + KINDS.index(kind) + 1, (rounds + 1) * len(KINDS))
+        cuda = ranks.device.type == "cuda"
+        return Measured(
+            images_per_second=rates,
+            step_seconds=seconds,
+            wait_fraction=waited / sum(seconds[KINDS[0]]),
+            flops_a_second=_flops(trial, ranks, images, labels) / statistics.median(seconds[KINDS[1]]),
+            device=torch.cuda.get_device_name(ranks.device) if cuda else f"a CPU, {torch.get_num_threads()} thread(s)",
+            peak_bytes=torch.cuda.max_memory_allocated(ranks.device) if cuda else None,
+        )
+
+
+def _now(ranks: Ranks) -> float:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+    return time.perf_counter()
+
+
+def _batches(data: loader.DataSet, trial: Trial, ranks: Ranks) -> Iterator[loader.Batch]:
+    """The trial's batches, from the first again once they are used up."""
+    while True:
+        yield from loader.train_batches(data, trial, ranks.rank, ranks.world_size, 0, total_steps(trial))
+
+
+def _step(worker: engine.Engine, trial: Trial, step: int, images: Tensor, labels: Tensor) -> None:
+    """What the loop of harness.train does between two logged steps."""
+    eta, _, lam = schedule(trial, step % total_steps(trial))
+    lr, weight_decay = optim.hyperparameters(trial.optimizer, trial.decay, eta, lam)
+    recipe = trial.workload.recipe
+    mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, trial.workload.data.image_size)
+    worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, step=step, mix=mix)
+
+
+def _bare(trial: Trial, ranks: Ranks) -> Callable[[Tensor, Tensor], None]:
+    """A step of the same network with torch's own fused optimizer and DDP, in micro-batches as ours."""
+    model = models.build(trial.workload, trial.seed).to(ranks.device)
+    if trial.backend.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if trial.backend.compile:
+        model.compile()
+    replica = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
+    lr = 1e-6
+    adam = trial.optimizer.name == "adam"
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(model.parameters(), lr, fused=True) if adam else torch.optim.SGD(model.parameters(), lr, 0.9, fused=True)
+    )
+    micro = trial.micro_batch_size(ranks.world_size)
+    smoothing = trial.workload.recipe.label_smoothing
+    memory_format = torch.channels_last if trial.backend.channels_last else torch.contiguous_format
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        parts = len(images) // micro
+        for x, y in zip(images.split(micro), labels.split(micro), strict=True):
+            loss = F.cross_entropy(replica(x.contiguous(memory_format=memory_format)), y, label_smoothing=smoothing)
+            (loss / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _flops(trial: Trial, ranks: Ranks, images: Tensor, labels: Tensor) -> float:
+    """Of this rank's share of a step, counted on two images of it."""
+    model = models.build(trial.workload, trial.seed).to(ranks.device).train()
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(images[:2]), labels[:2]).backward()
+    return float(counter.get_total_flops()) / 2 * len(images)

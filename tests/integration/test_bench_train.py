@@ -1,0 +1,53 @@
+"""`wrbench bench train`: three loops side by side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import bench, engine
+from harness.data import loader
+from tests.integration.test_train import ADAMW, small
+
+
+def test_the_three_take_turns_on_what_they_say(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On shards every step has a batch of its own, in the trial's order and again from the first; at hand all have the same."""
+    t = small(few, **ADAMW, backend={"micro_batch_size": 50})
+    seen: list[bytes] = []
+    plain = engine.Engine.train_step
+
+    def step(self: engine.Engine, images, labels, **options):  # type: ignore[no-untyped-def]
+        seen.append(images.numpy().tobytes())
+        return plain(self, images, labels, **options)
+
+    monkeypatch.setattr(engine.Engine, "train_step", step)
+    told: list[tuple[int, int]] = []
+    measured = bench.measure(t, steps=9, rounds=2, progress=lambda done, total: told.append((done, total)))
+    batches = [images.numpy().tobytes() for images, _ in loader.train_batches(loader.open_data(t.workload.data), t, 0, 1, 0, 21)]
+    at_hand = [content for content in seen if content == batches[0]]
+    assert len(seen) == 2 * 3 * 9
+    assert len(at_hand) == 27 + 2, "and twice among those of the shards: the first, and the first again after 21"
+    read = [content for content in seen if content != batches[0]]
+    assert read == batches[1:21] + batches[1:6]
+    assert sorted(told) == [(n, 9) for n in range(1, 10)]
+    for kind in bench.KINDS:
+        assert len(measured.images_per_second[kind]) == 2
+        assert len(measured.step_seconds[kind]) == 18
+        assert 100 / max(measured.step_seconds[kind]) <= min(measured.images_per_second[kind])
+    assert 0 < measured.wait_fraction < 1
+    assert measured.peak_bytes is None
+
+
+def test_what_is_printed(few: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "launch", "bench", "train", "demo", "--steps", "3", "--rounds", "1",
+        "--set", f"workload.data.path={few}", "--set", "workload.data.train_samples=800", "--set", "workload.data.val_samples=200",
+    ]  # fmt: skip
+    out = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout.splitlines()
+    assert out[0] == "mnist5k_cnn, AdamWR: mnist5k_cnn, batch 100, ddp"
+    assert [line.partition("  ")[0] for line in out[1:4]] == list(bench.KINDS)
+    assert "time of our step / of the bare one" in out[4]
+    assert "its peak is not known here" in out[5]
