@@ -3,6 +3,7 @@
 loop       train() on mnist5k_cnn at the demo's batch, two ranks, journal and MLflow delivery on, against a bare
            PyTorch loop of the same model and batches: five interleaved pairs, after one that is not counted
 optimizer  one step of each (optimizer, decay) against torch's fused SGD or AdamW on tensors like a ResNet-50's, one thread
+estimate   what `study plan` says a trial takes, from a probe of 20 steps, beside what it takes
 sharding   bytes a rank, time of an update and stall of a save of every backend and stage (sharding.py)
 """
 
@@ -23,9 +24,12 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from harness import study, tracking
+from harness import journal, study, tracking
 from harness.config import Trial
+from harness.schedule import total_steps
 from harness.store import Store
+from harness.train import train
+from launch import plan
 from tests.benchmarks import fused, sharding
 from tests.report import Row, publish, row, spread
 
@@ -87,9 +91,48 @@ def optimizers() -> list[Row]:
         torch.set_num_threads(threads)
 
 
+def estimate() -> list[Row]:
+    """Of a trial of the other arm and 105 steps, from a probe of 20 steps in another study of the same store."""
+    off, notes = [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number in range(PAIRS):
+            with tempfile.TemporaryDirectory() as root:
+                store, seed = Store(Path(root)), [f"search.seeds=[{number}]"]
+                probe = study.load(
+                    "configs/study/demo.yaml", [*seed, "name=probe", f"budget.epochs={20 / 35}", "evaluation.every_epochs=null"]
+                )
+                other = study.load("configs/study/demo.yaml", [*seed, "budget.epochs=3"])
+                one, judged = (
+                    next(p.trial for p in study.planned(s, {}) if p.trial and p.arm == arm)
+                    for s, arm in ((probe, "AdamWR"), (other, "SGDWR"))
+                )
+                train(one, store)
+                per_step = plan.measured_seconds_per_step(judged, 1, store)
+                assert per_step is not None
+                expected = per_step * total_steps(judged)
+                train(judged, store)
+                settled = journal.fold(journal.read(store.trial(judged.study, judged.trial_id).journal)).settled
+                took = max(p.value for p in settled if p.metric == "time/train_seconds")
+                off.append(abs(expected / took - 1))
+                notes.append(f"{expected:.2f}/{took:.2f}")
+    finally:
+        torch.set_num_threads(threads)
+    return [
+        row(
+            "study plan's estimate from a probe of 20 steps: off by",
+            statistics.median(off),
+            0.25,
+            f"{spread(off)}; s estimated/measured: {', '.join(notes)}",
+        )
+    ]
+
+
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "optimizer": optimizers,
     "loop": loop,
+    "estimate": estimate,
     "sharding": lambda: sharding.rows("cuda" if torch.cuda.is_available() else "cpu"),
 }
 
