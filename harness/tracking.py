@@ -70,6 +70,9 @@ AWAY = 5.0
 PATIENCE = 30.0
 """seconds that `deliver` waits in all for trials that somebody else is delivering this moment"""
 
+MAKING = 300.0
+"""seconds that a process waits for another one that makes the database's tables: ten of CPU, on a busy machine minutes"""
+
 DIFF_LIMIT = 1_000_000
 """bytes of an uncommitted diff that are kept with a run"""
 
@@ -314,8 +317,10 @@ def _database_made_once(uri: str) -> Iterator[None]:
         yield
         return
     path = Path(uri.removeprefix("sqlite:///"))
-    with held_alone(path.with_name(f".{path.name}.lock"), time.monotonic() + PATIENCE):
+    with held_alone(path.with_name(f".{path.name}.lock"), time.monotonic() + MAKING) as alone:
         if not path.exists():
+            if not alone:  # what it has made so far is not to be touched
+                raise TimeoutError(f"another process has been making the tables for {MAKING:g} s")
             for unfinished in path.parent.glob(f".{path.name}.*/"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

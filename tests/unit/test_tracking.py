@@ -237,3 +237,18 @@ def test_asking_whether_a_trial_runs_never_keeps_it_from_starting(tmp_path: Path
             pass
         assert folder.is_running()  # the second, refused, has not let go of it
     assert not folder.is_running()
+
+
+def test_what_another_process_is_making_of_the_database_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes: on a busy machine minutes."""
+    monkeypatch.setattr(tracking, "MAKING", 0.2)
+    store = Store(tmp_path)
+    half = tmp_path / ".mlflow.db.others"
+    half.mkdir()
+    (half / "mlflow.db").write_text("half of the tables")
+    with tracking.held_alone(tmp_path / ".mlflow.db.lock", 0) as alone:
+        assert alone
+        with pytest.raises(tracking.DeliveryError, match=r"another process has been making the tables for 0\.2 s"):
+            tracking.open_experiment(store, "mine", None)
+    assert (half / "mlflow.db").read_text() == "half of the tables"
+    assert not (tmp_path / "mlflow.db").exists()
