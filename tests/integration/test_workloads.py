@@ -67,7 +67,7 @@ def reduced(folder: Path, name: str, photographs: Path) -> Trial:
             "workload.recipe.precision=fp32",  # bf16 takes ten times as long on a CPU without it
             "workload.data.train_samples=64", "workload.data.holdout_per_class=1",
             "workload.data.val_samples=16", "workload.recipe.norm_batch_size=null", "budget.global_batch_size=8", "budget.epochs=1.6667",
-            "evaluation.train_eval_samples=8", "evaluation.batch_size=8", "evaluation.log_every_steps=1", "checkpoint.every_epochs=1",
+            "evaluation.train_eval_samples=8", "evaluation.batch_size=8", "evaluation.log_every_steps=1", "checkpoint.every_epochs=100",
             f"arms.SGDWR.optimizer={{name: {'adam, lr: 0.0005' if size == 32 else 'sgd, lr: 0.02'}}}",
             "arms.SGDWR.decay={name: decoupled, weight_decay: 0.05, normalised: true}",
         ],
