@@ -7,7 +7,7 @@ but that never started, was killed, failed or diverged is a row with its state, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import pandas as pd
 from analysis.tracked import Run, tracked
 from analysis.tracked import Unreadable as Unreadable
 from harness import journal, schedule
-from harness.config import BadInput, Trial
+from harness.config import BadInput, Trial, dotted
 from harness.store import ENDED, Store, TrialFolder
 from harness.study import LoadedStudy, load, planned
 
@@ -224,19 +224,12 @@ def _facts(standing: _Standing | None, config: Trial | None, run: Run | None, st
     }
     if config is not None:
         parameters = config.model_dump(include={"workload", "optimizer", "decay", "schedule", "budget"})
-        facts |= {"config": config.configuration, "total_steps": schedule.total_steps(config), **dict(_dotted(parameters))}
+        facts |= {"config": config.configuration, "total_steps": schedule.total_steps(config)}
+        facts |= {key: str(value) if isinstance(value, Path) else value for key, value in dotted(parameters)}
     if run is not None:
         known = {"study", "arm", "seed", "phase", "trial_id", "attempt", "state"}
         facts |= {f"tag.{k}": v for k, v in run.tags.items() if k not in known and not k.startswith("mlflow.")}
     return facts
-
-
-def _dotted(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            yield from _dotted(inner, f"{prefix}{key}.")
-        else:
-            yield prefix + key, str(inner) if isinstance(inner, Path) else inner
 
 
 def _at_last_cycle(points: pd.DataFrame, configs: Mapping[str, Trial]) -> dict[str, dict[str, float]]:

@@ -91,8 +91,6 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
         seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for number in range(rounds + 1):
             for kind in KINDS[number % 3 :] + KINDS[: number % 3]:  # each kind follows each
-                if number == 1 and kind == KINDS[0]:
-                    waited = 0.0
                 ranks.barrier()
                 ends = [_now(ranks)]
                 for step in range(steps):
@@ -101,6 +99,8 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
                 if number:
                     rates[kind].append(steps * trial.budget.global_batch_size / (ends[-1] - ends[0]))
                     seconds[kind] += [b - a for a, b in itertools.pairwise(ends)]
+                if not number:
+                    waited = 0.0
                 progress(number * len(KINDS) + KINDS.index(kind) + 1, (rounds + 1) * len(KINDS))
         cuda = ranks.device.type == "cuda"
         return Measured(

@@ -1079,6 +1079,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
+def dotted(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings."""
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def find(kind: Literal["workload", "study", "cluster"], name: str) -> Path:
     """The file of a name in configs/KIND, or of a path (anything with a suffix or a slash)."""
     as_path = Path(name)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from harness import schedule
-from harness.config import DERIVED, Adam, Arm, BadInput, Choice, Study, Trial, WorkloadFile, find, parse, read_yaml
+from harness.config import DERIVED, Adam, Arm, BadInput, Choice, Study, Trial, WorkloadFile, dotted, find, parse, read_yaml
 
 DEFAULTS = ("budget", "evaluation", "checkpoint")
 """blocks of a workload file that a study may override"""
@@ -80,7 +80,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
     for override in overrides:
         _set(document, override)
     study = parse(Study, document, source)
-    loaded = LoadedStudy(study, *_workload(study, source))
+    workload, departures = _workload(study, source)
+    loaded = LoadedStudy(study, workload, source, departures)
     trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
     first: dict[str, Trial] = {}
     for trial in trials:
@@ -127,8 +128,8 @@ def _path(key: str) -> list[str]:
     return [*parts[:axis], ".".join(parts[axis : axis + 2]), *parts[axis + 2 :]]
 
 
-def _workload(study: Study, source: str) -> tuple[WorkloadFile, str, tuple[str, ...]]:
-    """(the study's workload, source, what it changes of the workload file)"""
+def _workload(study: Study, source: str) -> tuple[WorkloadFile, tuple[str, ...]]:
+    """(the study's workload, what it changes of a workload file that has a reference)"""
     overrides = dict(study.workload)
     name = overrides.pop("name", None)
     if not isinstance(name, str):
@@ -154,21 +155,13 @@ def _workload(study: Study, source: str) -> tuple[WorkloadFile, str, tuple[str, 
     if test is not None:
         evaluation = evaluation.model_copy(update={"test": test.model_copy(update={"path": _absolute(test.path)})})
     data = workload.data.model_copy(update={"path": _absolute(workload.data.path)})
-    return workload.model_copy(update={"data": data, "evaluation": evaluation}), source, departures
+    return workload.model_copy(update={"data": data, "evaluation": evaluation}), departures
 
 
 def _departures(base: WorkloadFile, workload: WorkloadFile) -> tuple[str, ...]:
     """DOTTED KEY: VALUE instead of VALUE, of all that a result hangs on."""
-    before, now = (dict(_leaves(w.model_dump(mode="json", include=REFERRED))) for w in (base, workload))
+    before, now = (dict(dotted(w.model_dump(mode="json", include=REFERRED))) for w in (base, workload))
     return tuple(f"{key}: {now.get(key)} instead of {before.get(key)}" for key in before | now if now.get(key) != before.get(key))
-
-
-def _leaves(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _absolute(path: Path) -> Path:

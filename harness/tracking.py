@@ -34,7 +34,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness import journal, ui
-from harness.config import BadInput, Trial
+from harness.config import BadInput, Trial, dotted
 from harness.journal import Point, Record
 from harness.store import Store, TrialFolder, write_atomically
 
@@ -478,15 +478,7 @@ def params(trial: Trial) -> dict[str, str]:
     """What defines the result, by dotted key; a value that is not text in JSON."""
     hidden: dict[str, Any] = dict.fromkeys(("study", "arm", "phase", "backend", "evaluation", "checkpoint"), True)
     document = trial.model_dump(mode="json", exclude={**hidden, "workload": {"data": {"path"}}})
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in _flat(document)}
-
-
-def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in dotted(document)}
 
 
 def _log_metrics(client: Any, run_id: str, points: list[Point]) -> None:

@@ -128,9 +128,10 @@ def referred_gpu_hours(loaded: LoadedStudy) -> float | None:
 
 def scale(loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> dict[str, Any]:
     """What launch.scaling says of the arm that takes most: points, and, where the workload states parameters, bytes and images."""
-    trial, ranks = any_trial(loaded), world_size(loaded, cluster)
-    reference, kept = loaded.workload.reference, max(scaling.moments(p.trial.optimizer) for p in plan if p.trial is not None)
-    found: dict[str, Any] = {"ranks": ranks, "points_a_trial": scaling.points(trial)}
+    arms = {p.arm: p.trial for p in plan if p.trial is not None}.values()
+    trial, ranks, reference = any_trial(loaded), world_size(loaded, cluster), loaded.workload.reference
+    kept = max(scaling.moments(one.optimizer) for one in arms)
+    found: dict[str, Any] = {"ranks": ranks, "points_a_trial": max(map(scaling.points, arms))}
     if reference is None:
         return found
     try:

@@ -1,8 +1,8 @@
 """What a trial takes at scale, on paper: bytes of a rank, bytes on the wire, a checkpoint, images to read, points to track.
 
-Pure arithmetic, in bytes and seconds, of numbers that somebody states: parameters, a GPU's speed, a network's. `make bench` holds the
-bytes against engines that run (tests/benchmarks/sharding.py), tests the points against a journal. Activations are not counted:
-they depend on the micro-batch and not on the number of ranks. `python -m launch.scaling` prints the tables of the README.
+Pure arithmetic, in bytes and seconds, of numbers that somebody states: parameters, a GPU's speed, a network's. `make bench` holds moments
+and copies against engines that run (tests/benchmarks/sharding.py), a test the points against a journal. Activations are not
+counted: they depend on the micro-batch and not on the number of ranks. `python -m launch.scaling` prints the tables of the README.
 """
 
 from __future__ import annotations
@@ -80,13 +80,8 @@ def traffic(parameters: int, backend: Backend, world: int, micro_batches: int = 
     return once * micro_batches * (3 if backend.zero_stage == 3 else 2)
 
 
-def exposed_seconds(sent: float, bytes_per_second: float, step_seconds: float) -> float:
-    """The least that communication adds to a step: what does not fit under its backward pass."""
-    return max(0.0, sent / bytes_per_second - BACKWARD * step_seconds)
-
-
 def hiding_seconds(sent: float, bytes_per_second: float) -> float:
-    """The shortest step of arithmetic that can hide it: the bound of overlap."""
+    """The shortest step whose backward pass can hide bytes on the wire: the bound of overlap."""
     return sent / bytes_per_second / BACKWARD
 
 

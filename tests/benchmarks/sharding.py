@@ -21,8 +21,9 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from harness import models
+from harness import config, models
 from harness.config import Trial
+from launch import scaling
 from tests.benchmarks.shard_rank import IMAGE_SIZE, LINEAR, Held, Memory, Stall, Stalled, Update, replaced_model
 from tests.equivalence import groups
 from tests.equivalence.problem import BACKENDS, Backend
@@ -179,22 +180,19 @@ def _weighed(held: Mapping[str, Sequence[Held]]) -> Weighed:
 
 
 def computed(backend: Backend, shapes: Sequence[torch.Size], world: int) -> Weighed:
-    """fp32, one micro-batch. DeepSpeed 1-3 hold the gradients of their part twice: as reduced, and flattened for the step."""
+    """launch.scaling's, with what only the shapes tell: whole parameters (ddp 1), kept ones (deepspeed 3), rounded rows (fsdp)."""
     sizes = [math.prod(shape) for shape in shapes]
-    whole = 4.0 * sum(sizes)
-    part = whole / world
-    weights, gradients, stepped, copy = whole, whole, whole, 0.0
+    part = 4.0 * sum(sizes) / world
+    held = scaling.memory(sum(sizes), 1, config.Backend(name=backend.name, zero_stage=backend.stage), world)
+    weights, gradients, stepped = held.weights, held.gradients, held.moments
     if backend.name == "ddp" and backend.stage == 1:
         stepped = 4.0 * _largest_share(shapes, world)
-    if backend.name == "deepspeed" and backend.stage:
-        gradients, stepped, copy = 2 * part, part, part
-        if backend.stage == 3:
-            weights = part + 4 * sum(size for size in sizes if size <= PERSISTENT)
+    if backend.name == "deepspeed" and backend.stage == 3:
+        weights += 4 * sum(size for size in sizes if size <= PERSISTENT)
     if backend.name == "fsdp":
         weights = gradients = stepped = 4.0 * sum(math.prod((-(-shape[0] // world), *shape[1:])) for shape in shapes)
-    return Weighed(
-        weights, gradients, {name: n * stepped for name, n in MOMENTS.items()}, copy, stepped / (whole if stepped == whole else part)
-    )
+    sharded = backend.stage > 0
+    return Weighed(weights, gradients, {name: n * stepped for name, n in MOMENTS.items()}, held.copy, stepped / part if sharded else 1.0)
 
 
 def _largest_share(shapes: Sequence[torch.Size], world: int) -> int:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,11 @@ import yaml
 
 from harness.store import Store
 from harness.study import planned
-from launch.__main__ import app, run
 from tests.synthetic import STUDY, write_study, write_trial
 from tests.trials import trial
+from tests.unit.conftest import Command
 
-Command = Callable[..., tuple[int, str, str]]
 HEAVY = {"torch", "mlflow", "submitit", "deepspeed", "torchvision", "pandas", "matplotlib"}
-
-
-@pytest.fixture
-def wrbench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """(exit status, stdout, stderr) of a command, in this process."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wrbench", *map(str, arguments)])
-        capfd.readouterr()
-        code = run(app)
-        return code, *capfd.readouterr()
-
-    return call
 
 
 @pytest.fixture
@@ -228,7 +213,6 @@ def test_looking_imports_nothing_heavy_and_exit_statuses_reach_the_shell(tmp_pat
     )
     code = f"""
 import sys
-from launch.__main__ import app, run
 for look in {looks!r}:
     sys.argv = ["wrbench", "study", *look, "--store", {store!r}]
     status = run(app)

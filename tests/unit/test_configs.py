@@ -12,7 +12,7 @@ from harness import schedule, study
 from harness.config import WorkloadFile, read_cluster
 from harness.study import planned
 from launch import array, plan
-from tests.unit.test_cli import Command, wrbench  # noqa: F401 - a fixture
+from tests.unit.conftest import Command
 
 WORKLOADS = sorted(Path("configs/workload").glob("*.yaml"))
 STUDIES = sorted(Path("configs/study").glob("*.yaml"))
@@ -52,7 +52,7 @@ def test_a_price_is_images_by_speed() -> None:
     assert plan.referred_gpu_hours(loaded) == pytest.approx(images / 2500 / 3600)
 
 
-def test_ranks_that_do_not_fit_are_told_before_anything_is_submitted(wrbench: Command, tmp_path: Path) -> None:  # noqa: F811
+def test_ranks_that_do_not_fit_are_told_before_anything_is_submitted(wrbench: Command, tmp_path: Path) -> None:
     one = ["paper_figure1", "--cluster", "slurm", "--store", tmp_path, "--set", "ranks=null"]  # as the cluster says: eight
     code, _, err = wrbench("study", "plan", *one)
     assert code == 0
@@ -63,7 +63,7 @@ def test_ranks_that_do_not_fit_are_told_before_anything_is_submitted(wrbench: Co
 
 
 @pytest.mark.parametrize("name", ["paper_figure1", "imagenet_adamwr_vs_sgdwr", "mnist5k_maps"])
-def test_one_of_each_kind_is_planned_and_dry_run(name: str, wrbench: Command, tmp_path: Path) -> None:  # noqa: F811
+def test_one_of_each_kind_is_planned_and_dry_run(name: str, wrbench: Command, tmp_path: Path) -> None:
     path = Path(f"configs/study/{name}.yaml")
     code, out, err = wrbench("study", "plan", path, "--store", tmp_path)
     assert code == 0, err
