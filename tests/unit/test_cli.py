@@ -213,6 +213,7 @@ def test_looking_imports_nothing_heavy_and_exit_statuses_reach_the_shell(tmp_pat
     )
     code = f"""
 import sys
+from launch.__main__ import app, run
 for look in {looks!r}:
     sys.argv = ["wrbench", "study", *look, "--store", {store!r}]
     status = run(app)
