@@ -11,7 +11,7 @@ import yaml
 from harness import schedule, study
 from harness.config import WorkloadFile, read_cluster
 from harness.study import planned
-from launch import array, plan
+from launch import array, plan, scaling
 from tests.unit.conftest import Command
 
 WORKLOADS = sorted(Path("configs/workload").glob("*.yaml"))
@@ -50,6 +50,16 @@ def test_a_price_is_images_by_speed() -> None:
     loaded = study.load("configs/study/imagenet_adamwr_vs_sgdwr.yaml")
     images = 90 * 1202 * 1024  # epochs, floor((1,281,167 - 50,000) / 1024) steps each, images a step
     assert plan.referred_gpu_hours(loaded) == pytest.approx(images / 2500 / 3600)
+
+
+def test_a_plan_states_the_arm_that_takes_most() -> None:
+    """SGD, the first arm, keeps one moment; Adam keeps two and logs adam/v_below_eps at its cycle ends."""
+    loaded = study.load("configs/study/imagenet_adamwr_vs_sgdwr.yaml")
+    found = plan.scale(loaded, planned(loaded, {}), read_cluster("slurm"))
+    assert found["bytes_a_rank"] == 16 * 25_557_032, "fp32 weights, gradients and two moments, not sharded"
+    assert found["checkpoint_bytes"] == 12 * 25_557_032
+    trials = {p.arm: p.trial for p in planned(loaded, {}) if p.trial is not None}
+    assert found["points_a_trial"] == scaling.points(trials["AdamWR"]) > scaling.points(trials["SGD"])
 
 
 def test_ranks_that_do_not_fit_are_told_before_anything_is_submitted(wrbench: Command, tmp_path: Path) -> None:
