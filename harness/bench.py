@@ -35,7 +35,7 @@ class Measured:
     images_per_second: dict[str, list[float]]
     """kind -> one a round, all ranks together"""
     step_seconds: dict[str, list[float]]
-    """kind -> each step of this rank, between two that the device has finished"""
+    """kind -> each step of this rank, from the end of the step before to its own, by the device's clock"""
     wait_fraction: float
     """of the loop on shards: share of its time spent waiting for a batch"""
     flops_a_second: float
@@ -71,7 +71,7 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
         recipe = trial.workload.recipe
         data = loader.open_data(trial.workload.data, recipe.crop is not None or recipe.augment is not None, label_noise=recipe.label_noise)
         ours, bare = engine.build(trial, ranks), _bare(trial, ranks)
-        images, labels = (t.to(ranks.device) for t in next(iter(_batches(data, trial, ranks))))
+        images, labels = next(_batches(data, trial, ranks))
         shards = _batches(data, trial, ranks)
         waited = 0.0
 
@@ -92,10 +92,11 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
         for number in range(rounds + 1):
             for kind in KINDS[number % 3 :] + KINDS[: number % 3]:  # each kind follows each
                 ranks.barrier()
-                ends = [_now(ranks)]
+                marks = [_mark(ranks.device)]
                 for step in range(steps):
                     takes[kind](step)
-                    ends.append(_now(ranks))
+                    marks.append(_mark(ranks.device))
+                ends = _seconds(marks)
                 if number:
                     rates[kind].append(steps * trial.budget.global_batch_size / (ends[-1] - ends[0]))
                     seconds[kind] += [b - a for a, b in itertools.pairwise(ends)]
@@ -113,16 +114,28 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
         )
 
 
-def _now(ranks: Ranks) -> float:
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize(ranks.device)
-    return time.perf_counter()
+def _mark(device: torch.device) -> float | torch.cuda.Event:
+    """Now, in the device's queue of work: to wait for each step would keep the host from preparing the next one meanwhile."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(marks: list[float | torch.cuda.Event]) -> list[float]:
+    """Of each mark since the first; waits for the device."""
+    first = marks[0]
+    if not isinstance(first, float):
+        torch.cuda.synchronize()
+    return [mark - first if isinstance(mark, float) else first.elapsed_time(mark) / 1e3 for mark in marks]  # type: ignore[operator, union-attr]
 
 
 def _batches(data: loader.DataSet, trial: Trial, ranks: Ranks) -> Iterator[loader.Batch]:
     """The trial's batches, from the first again once they are used up."""
     while True:
-        yield from loader.train_batches(data, trial, ranks.rank, ranks.world_size, 0, total_steps(trial))
+        read = loader.train_batches(data, trial, ranks.rank, ranks.world_size, 0, total_steps(trial))
+        yield from loader.on_device(read, ranks.device)
 
 
 def _step(worker: engine.Engine, trial: Trial, step: int, images: Tensor, labels: Tensor) -> None:

@@ -14,8 +14,11 @@ because sharded optimizers may call it once a group.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,19 +38,23 @@ def _restored(groups: list[dict[str, Any]]) -> Iterator[None]:
             group["lr"], group["weight_decay"] = lr, weight_decay
 
 
-def _shrink(group: dict[str, Any]) -> None:
-    """theta <- theta - weight_decay*theta, of the parameters that this step moves; the kernel decays no more."""
-    moved = [p for p in group["params"] if p.grad is not None]
-    if moved and group["weight_decay"]:
-        torch._foreach_mul_(moved, 1 - group["weight_decay"])
+def _decay(weights: list[Tensor], weight_decay: float) -> None:
+    """theta <- theta - weight_decay*theta. Not times 1 - weight_decay, which fp32 rounds by up to 3e-8, for all weights alike."""
+    if weights and weight_decay:
+        torch._foreach_add_(weights, weights, alpha=-weight_decay)
+
+
+def _decay_first(group: dict[str, Any]) -> None:
+    """Of the parameters that this step moves; the kernel decays no more."""
+    _decay([p for p in group["params"] if p.grad is not None], group["weight_decay"])
     group["weight_decay"] = 0.0
 
 
 class SGDW(torch.optim.Optimizer):
     """buf <- momentum*buf + g;  theta <- theta - lr*buf - weight_decay*theta_before.
 
-    torch's fused SGD kernel after a multiplication: on a GPU of all tensors at once, on a CPU one tensor after the other, so
-    that the kernel finds in the cache some of what was just multiplied.
+    On a GPU in one pass where harness.sgdw_cuda can. Else torch's fused SGD kernel after the decay: on a CPU one tensor after the
+    other, so that it finds in the cache some of what has just decayed.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0) -> None:
@@ -58,10 +65,13 @@ class SGDW(torch.optim.Optimizer):
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
             columns = [moved, [p.grad for p in moved]] + ([[self._buffer(p) for p in moved]] if group["momentum"] else [])
-            parts = ([[t] for t in row] for row in zip(*columns, strict=True)) if all(p.is_cpu for p in moved) else [columns]
+            on_cpu = all(p.is_cpu for p in moved)
+            if not on_cpu and group["momentum"] and (kernel := _one_pass()) and kernel.can(columns):
+                kernel.step(columns, group["lr"], group["momentum"], group["weight_decay"])
+                continue
+            parts = ([[t] for t in row] for row in zip(*columns, strict=True)) if on_cpu else [columns]
             for parameters, gradients, *buffers in parts:
-                if group["weight_decay"]:
-                    torch._foreach_mul_(parameters, 1 - group["weight_decay"])
+                _decay(parameters, group["weight_decay"])
                 torch._fused_sgd_(
                     parameters, gradients, buffers[0] if buffers else [], lr=group["lr"], momentum=group["momentum"],
                     weight_decay=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
@@ -73,6 +83,12 @@ class SGDW(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
+
+
+@cache
+def _one_pass() -> ModuleType | None:
+    """harness.sgdw_cuda; None where there is no triton."""
+    return importlib.import_module("harness.sgdw_cuda") if importlib.util.find_spec("triton") else None
 
 
 class AdamW(torch.optim.AdamW):
@@ -89,7 +105,7 @@ class AdamW(torch.optim.AdamW):
                 if group["lr"]:
                     group["weight_decay"] /= group["lr"]
                 else:
-                    _shrink(group)
+                    _decay_first(group)
             super().step()
 
 
@@ -116,7 +132,7 @@ class SGDWLrInBuffer(torch.optim.SGD):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         with _restored(self.param_groups):
             for group in self.param_groups:
-                _shrink(group)
+                _decay_first(group)
                 _scale_gradients(group)
                 group["lr"] = 1.0
             super().step()

@@ -45,7 +45,8 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         resumed = attempt.resume(worker, **data.sha256())
         clock, answer = Clock(resumed.train_seconds, resumed.wait_seconds, ranks.device), resumed.answer
         total, ends, evaluated, saves = total_steps(trial), set(cycle_ends(trial)), evaluations(trial), checkpoints(trial)
-        batches = loader.train_batches(data, trial, ranks.rank, ranks.world_size, resumed.steps_done, total)
+        read = loader.train_batches(data, trial, ranks.rank, ranks.world_size, resumed.steps_done, total)
+        batches = loader.on_device(read, ranks.device)
         measured: dict[str, float] = {}
 
         for step in range(resumed.steps_done, total):

@@ -447,6 +447,22 @@ def train_batches(
         yield from zip(images.split(size), labels.split(size), strict=True)
 
 
+def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+    """The batches on the device, each copied on a stream of its own while the device still works on what came before."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    for images, labels in batches:
+        with torch.cuda.stream(copies):
+            copied = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        now = torch.cuda.current_stream(device)
+        now.wait_stream(copies)
+        for tensor in copied:  # its memory is of the other stream, which may not use it again before this one is done with it
+            tensor.record_stream(now)
+        yield copied
+
+
 def eval_batches(view: View, rank: int, world_size: int, batch_size: int) -> Generator[Batch, None, None]:
     """This rank's samples of a view in batches of at most `batch_size`: over all ranks each sample exactly once.
 

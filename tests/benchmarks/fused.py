@@ -26,7 +26,8 @@ CASES = {
     "AdamW raw": (ADAM, RAW, 1.1),
     "AdamW normalised": (ADAM, NORMALISED, 1.1),
 }
-"""optimizer, decay, the most that a step may cost of torch's fused SGD or AdamW"""
+"""optimizer, decay, the most that a step may cost on a CPU of torch's fused SGD or AdamW; on a GPU GPU_LIMIT"""
+GPU_LIMIT, REACHED = 1.1, 0.8
 MOVED = {"sgd": 20, "adam": 28}
 """bytes of fp32 a parameter that a step cannot do without: weight, gradient and moments read, weight and moments written"""
 BYTES = 40
@@ -73,8 +74,26 @@ class Took(NamedTuple):
     """until step() returned"""
 
 
-def compare(case: str, shapes: Sequence[Shape], device: torch.device, repetitions: int, *, limited: bool = True) -> Row:
-    """The median ratio of `repetitions` pairs of steps, as a row. fp32; not limited: printed only."""
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a GPU's copy of 2 GiB: the median of 20."""
+    source = torch.randn(1 << 29, device=device)
+    target = torch.empty_like(source)
+    took = []
+    for _ in range(WARM_UP + 20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize(device)
+        took.append(begin.elapsed_time(end) / 1e3)
+    return 2 * source.nbytes / statistics.median(took[WARM_UP:])
+
+
+def compare(
+    case: str, shapes: Sequence[Shape], device: torch.device, repetitions: int, copied: float | None = None, limited: bool = True
+) -> Iterator[Row]:
+    """The median ratio of `repetitions` pairs of steps, fp32. On a GPU also the share that ours reaches of what `copied`, a copy's bytes a
+    second, allows. not limited: printed only."""
     block, decay, limit = CASES[case]
     t = trial(optimizer=block, decay=decay)
     torch.manual_seed(0)
@@ -98,8 +117,13 @@ def compare(case: str, shapes: Sequence[Shape], device: torch.device, repetition
     told = {"ours": [a for a, _ in pairs], "torch's": [b for _, b in pairs]}
     note = "; ".join(f"{who} {_told(steps, MOVED[block['name']] * elements, device)}" for who, steps in told.items())
     note += f"; {spread(ratios)}"
-    name = f"step {case} / torch fused {type(theirs).__name__}, {elements / 1e6:.0f}M parameters"
-    return row(name, statistics.median(ratios), limit if limited else None, note)
+    size = f"{elements / 1e6:.0f}M parameters"
+    limit = limit if copied is None else GPU_LIMIT
+    yield row(f"step {case} / torch fused {type(theirs).__name__}, {size}", statistics.median(ratios), limit if limited else None, note)
+    if copied is not None and decay["name"] == "decoupled":
+        reached = MOVED[block["name"]] * elements / (statistics.median(a.device for a, _ in pairs) / 1e3) / copied
+        name = f"step {case}: bytes it must move / a copy's in that time, {size}"
+        yield Row(name, reached, REACHED, reached >= REACHED, f"a copy moves {copied / 1e9:.0f} GB/s", exceeds=True)
 
 
 def _told(steps: Sequence[Took], moved: int, device: torch.device) -> str:

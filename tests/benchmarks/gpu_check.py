@@ -1,26 +1,37 @@
 """`make gpu-check`: what a machine with a GPU must show. Needs no network, no mlflow, no submitit. Writes build/gpu-check.json.
 
 equivalence  the rows of `make equivalence` at as many ranks as there are GPUs, TF32 off, cudnn deterministic
-step         one step of each optimizer against torch's fused one: milliseconds, GB/s, 26M and 295M parameters
+step         one step of each optimizer against torch's fused one, and against what a copy of memory reaches: 26M and 295M parameters
+training     ResNet-50 at 224 pixels on generated shards, all GPUs: `wrbench bench train`, and a resume in the middle
 
-Without deepspeed its rows are refused. --device cpu does a small part of both, to test the script itself.
+Without deepspeed its rows are refused. --device cpu does a small part of all three, to test the script itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import re
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tests.report import Row
 
-NEEDED = {"torch": "torch", "numpy": "numpy", "pydantic": "pydantic", "yaml": "pyyaml", "rich": "rich", "mlxtend": "mlxtend"}
-"""module -> package"""
+NEEDED = {
+    "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "pydantic": "pydantic", "yaml": "pyyaml", "rich": "rich",
+    "PIL": "pillow", "fsspec": "fsspec", "webdataset": "webdataset", "braceexpand": "braceexpand", "mlxtend": "mlxtend",
+    "skimage": "scikit-image", "sklearn": "scikit-learn",
+}  # fmt: skip
+"""module -> package; simplejpeg, or this package's own decoder, makes the images come faster"""
+SECTIONS = ("equivalence", "step", "training")
 SMALL = r"^control reordered, AdamW n|^(ddp 0|deepspeed 2|fsdp 3), AdamW n|^fsdp 3 bf16 end to end, AdamW n"
 """the rows of --device cpu"""
 
@@ -28,6 +39,7 @@ SMALL = r"^control reordered, AdamW n|^(ddp 0|deepspeed 2|fsdp 3), AdamW n|^fsdp
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu_check")
     parser.add_argument("-k", metavar="PATTERN", help="of equivalence, only rows whose name matches this regular expression")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="this section; may be given again")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     arguments = parser.parse_args()
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
@@ -45,7 +57,14 @@ def main() -> int:
     from tests.report import publish
 
     pattern = arguments.k or ("" if cuda else SMALL)
-    return publish("gpu-check", [*equivalence(arguments.device, pattern), *steps(arguments.device)])
+    rows: list[Row] = []
+    for section in arguments.only or SECTIONS:
+        began = time.monotonic()
+        found = {"equivalence": lambda: equivalence(arguments.device, pattern), "step": lambda: steps(arguments.device),
+                 "training": lambda: training(arguments.device)}[section]()  # fmt: skip
+        rows += found
+        print(f"{section}: {time.monotonic() - began:.0f} s", flush=True)
+    return publish("gpu-check", rows)
 
 
 def _error(line: str) -> int:
@@ -84,6 +103,7 @@ def steps(kind: str) -> Iterator[Row]:
     device = torch.device(kind)
     if kind == "cpu":
         torch.set_num_threads(1)
+    copied = fused.copy_bandwidth(device) if kind == "cuda" else None
     for width in (1, 3.5) if kind == "cuda" else (0.25,):
         shapes = fused.resnet(width)
         needed = fused.BYTES * sum(math.prod(shape) for shape in shapes)
@@ -93,7 +113,27 @@ def steps(kind: str) -> Iterator[Row]:
                     f"step {case}, width {width:g}", f"takes {needed / 1e9:.0f} GB of GPU memory, of which {free / 1e9:.0f} are free"
                 )
             else:  # 2M parameters on a CPU say nothing about the kernels
-                yield fused.compare(case, shapes, device, repetitions=25 if kind == "cuda" else 5, limited=kind == "cuda")
+                yield from fused.compare(
+                    case, shapes, device, repetitions=25 if kind == "cuda" else 5, copied=copied, limited=kind == "cuda"
+                )
+
+
+def training(device: str) -> Iterator[Row]:
+    import torch
+
+    from tests.benchmarks import gpu_train
+    from tests.report import Row, failed
+
+    world = torch.cuda.device_count() if device == "cuda" else 1
+    with tempfile.TemporaryDirectory(prefix="wrbench-gpu-check-") as name:
+        folder = Path(name)
+        gpu_train.prepare(folder, device)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+        done = subprocess.run([sys.executable, *launcher, "-m", "tests.benchmarks.gpu_train", str(folder), device], check=False)
+        if done.returncode:
+            yield failed("ResNet-50", f"exit code {done.returncode}: see above")
+        else:
+            yield from (Row(**found) for found in json.loads((folder / gpu_train.FOUND).read_text()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from tests.equivalence.problem import ARMS, BACKENDS, Course, Digits, make
 from tests.equivalence.rank import Run
 from tests.report import Row
 
+RANKS_A_GPU = 8
+"""of different groups at a time: their networks are small, and most of what they wait for is the host"""
+
 
 def worlds(device: str) -> tuple[int, ...]:
     return tuple(w for w in (1, 2, 4) if device == "cpu" or w <= torch.cuda.device_count())
@@ -30,7 +33,7 @@ def rows(cells: Sequence[Cell], course: Course, device: str = "cpu", progress: b
         root = Path(folder)
         Digits.build().write(root)
         torch.save(_initial(course), root / "initial.pt")
-        capacity = torch.cuda.device_count() if device == "cuda" else 2 * (os.cpu_count() or 1)
+        capacity = RANKS_A_GPU * torch.cuda.device_count() if device == "cuda" else 2 * (os.cpu_count() or 1)
         found = groups.execute(runs, root, device, capacity, _Progress(runs) if progress else lambda run: None)
         results = Results(found, root, course)
         return [cell.row(results) for cell in cells]
