@@ -189,13 +189,30 @@ def test_compiled_it_is_one_graph_that_collects_the_same(group: int | None) -> N
     ours, control = layer(group), layer(group)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for step in range(3):
+        found = []
         for model, forward in ((ours, compiled), (control, control)):
-            forward(images(8, step)).backward(images(8, seed=9))
-            forward(images(8, step + 20)).backward(images(8, seed=9))
+            x = images(8, step).requires_grad_()
+            out = forward(x)
+            out.backward(images(8, seed=9))
+            forward(images(8, step + 20).requires_grad_()).backward(images(8, seed=9))
             update_running_statistics(model, ALONE)
+            assert x.grad is not None
+            found.append((out, x.grad))
+        assert all(close(a, b, 1e-13) for a, b in zip(*found, strict=True))
     for name, value in control.state_dict().items():
         assert torch.allclose(ours.state_dict()[name], value, rtol=1e-13), name
     assert ours.weight.grad is not None and control.weight.grad is not None and close(ours.weight.grad, control.weight.grad, 1e-13)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_under_autocast_it_keeps_type_and_order_in_memory(layout: torch.memory_format) -> None:
+    torch._dynamo.reset()
+    ours = layer(4, torch.float32)
+    x = images(8).to(torch.bfloat16).contiguous(memory_format=layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = torch.compile(ours, backend="aot_eager", fullgraph=True)(x), ours(x)
+    assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=layout)
+    assert close(out, expected, 1e-3), "at most a last bit of a few"
 
 
 def test_a_model_without_batch_norm_takes_part_in_no_collective() -> None:
