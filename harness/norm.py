@@ -109,17 +109,15 @@ def update_running_statistics(model: nn.Module, ranks: Ranks) -> None:
         td.all_reduce(sums)
     groups = sums[2:]
     means, any_group = sums[:2] / groups.clamp(min=1), groups.clamp(max=1)
-    by_layer = torch.cat([means, any_group]).split([layer.num_features for layer in layers], dim=1)
-    for layer, found in zip(layers, by_layer, strict=True):
-        mean, var, seen = found.to(layer.running_mean.dtype)
-        momentum = layer.momentum * seen
-        layer.running_mean.lerp_(mean, momentum)
-        layer.running_var.lerp_(var, momentum)
-        layer.num_batches_tracked.add_(1)
+    by_layer = torch.cat([means, any_group]).to(layers[0].running_mean.dtype).split([layer.num_features for layer in layers], dim=1)
+    weights = torch._foreach_mul([found[2] for found in by_layer], [layer.momentum for layer in layers])
+    torch._foreach_lerp_([layer.running_mean for layer in layers], [found[0] for found in by_layer], weights)
+    torch._foreach_lerp_([layer.running_var for layer in layers], [found[1] for found in by_layer], weights)
+    torch._foreach_add_([layer.num_batches_tracked for layer in layers], 1)
     discard_statistics(model)
 
 
 def discard_statistics(model: nn.Module) -> None:
     """Forgets what was collected since the last update: for a pass that is no part of training."""
-    for layer in _layers(model):
-        layer.collected.zero_()
+    if layers := _layers(model):
+        torch._foreach_zero_([layer.collected for layer in layers])

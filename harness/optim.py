@@ -50,10 +50,16 @@ def _decay_first(group: dict[str, Any]) -> None:
     group["weight_decay"] = 0.0
 
 
+@cache
+def _kernels() -> ModuleType | None:
+    """harness.one_pass, where there is triton."""
+    return importlib.import_module("harness.one_pass") if importlib.util.find_spec("triton") else None
+
+
 class SGDW(torch.optim.Optimizer):
     """buf <- momentum*buf + g;  theta <- theta - lr*buf - weight_decay*theta_before.
 
-    On a GPU in one pass where harness.sgdw_cuda can. Else torch's fused SGD kernel after the decay: on a CPU one tensor after the
+    On a GPU by harness.one_pass where that can. Else torch's fused SGD kernel after the decay: on a CPU one tensor after the
     other, so that it finds in the cache some of what has just decayed.
     """
 
@@ -66,8 +72,8 @@ class SGDW(torch.optim.Optimizer):
             moved = [p for p in group["params"] if p.grad is not None]
             columns = [moved, [p.grad for p in moved]] + ([[self._buffer(p) for p in moved]] if group["momentum"] else [])
             on_cpu = all(p.is_cpu for p in moved)
-            if not on_cpu and group["momentum"] and (kernel := _one_pass()) and kernel.can(columns):
-                kernel.step(columns, group["lr"], group["momentum"], group["weight_decay"])
+            if not on_cpu and group["momentum"] and (kernels := _kernels()) and kernels.can(columns):
+                kernels.sgdw(columns, group["lr"], group["momentum"], group["weight_decay"])
                 continue
             parts = ([[t] for t in row] for row in zip(*columns, strict=True)) if on_cpu else [columns]
             for parameters, gradients, *buffers in parts:
@@ -85,21 +91,17 @@ class SGDW(torch.optim.Optimizer):
         return buffer
 
 
-@cache
-def _one_pass() -> ModuleType | None:
-    """harness.sgdw_cuda; None where there is no triton."""
-    return importlib.import_module("harness.sgdw_cuda") if importlib.util.find_spec("triton") else None
-
-
 class AdamW(torch.optim.AdamW):
     """theta <- theta - lr*mhat/(sqrt(vhat)+eps) - weight_decay*theta_before.
 
-    torch's kernel removes lr*weight_decay of the weights, so it is handed weight_decay / lr: fused speed, and the
-    product is exact to one rounding in float64.
+    On a GPU by harness.one_pass where that can. torch's kernel removes lr*weight_decay of the weights, so it is handed
+    weight_decay / lr: fused speed, and the product is exact to one rounding in float64.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self._in_one_pass():
+            return
         with _restored(self.param_groups):
             for group in self.param_groups:
                 if group["lr"]:
@@ -107,6 +109,31 @@ class AdamW(torch.optim.AdamW):
                 else:
                     _decay_first(group)
             super().step()
+
+    def _in_one_pass(self) -> bool:
+        """Takes the step, if harness.one_pass can, and says whether it did."""
+        moved = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        if not all(p.is_cuda for part in moved for p in part):
+            return False
+        steps = [[self._state_of(p)["step"] for p in part] for part in moved]
+        columns = [
+            [part, [p.grad for p in part], *([self.state[p][key] for p in part] for key in ("exp_avg", "exp_avg_sq"))] for part in moved
+        ]
+        kernels = _kernels()
+        if kernels is None or not all(kernels.can(column) for column in columns):
+            return False
+        for group, column, taken in zip(self.param_groups, columns, steps, strict=True):
+            torch._foreach_add_(taken, 1)
+            kernels.adamw(column, taken, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        return True
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """As torch's fused AdamW begins with it."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
 
 
 class SGDLrInBuffer(torch.optim.SGD):

@@ -11,6 +11,7 @@ import torch
 
 from harness import optim
 from harness.schedule import schedule
+from tests.equivalence.problem import distance
 from tests.report import Row, row, spread
 from tests.trials import trial
 
@@ -124,6 +125,32 @@ def compare(
         reached = MOVED[block["name"]] * elements / (statistics.median(a.device for a, _ in pairs) / 1e3) / copied
         name = f"step {case}: bytes it must move / a copy's in that time, {size}"
         yield Row(name, reached, REACHED, reached >= REACHED, f"a copy moves {copied / 1e9:.0f} GB/s", exceeds=True)
+
+
+def exact(case: str, device: torch.device) -> Row:
+    """Ten steps of fp32 tensors of all sizes and orders in memory against the same steps in float64 on the CPU."""
+    block, decay, _ = CASES[case]
+    t = trial(optimizer=block, decay=decay)
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for shape in ((7,), (0,), (5000,), (16, 8, 3, 3), (64, 32, 1, 1))]
+    weights[3:] = [w.to(memory_format=torch.channels_last) for w in weights[3:]]
+    sides = {}
+    for where, dtype in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
+        parameters = [(str(i), torch.nn.Parameter(w.to(where, dtype))) for i, w in enumerate(weights)]
+        optimizer = optim.build(parameters, t.optimizer, t.decay)
+        torch.manual_seed(1)
+        for step in range(10):
+            eta, _, lam = schedule(t, step)
+            optim.write(optimizer, *optim.hyperparameters(t.optimizer, t.decay, eta, lam))
+            for _, p in parameters:
+                p.grad = (
+                    torch.randn(p.shape)
+                    .to(where, dtype)
+                    .contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
+                )
+            optimizer.step()
+        sides[where] = {name: p.detach().cpu().double().numpy() for name, p in parameters}
+    return row(f"step {case} / the same in float64", distance(*sides.values()), 1e-6, "ten steps, contiguous and channels last")
 
 
 def _told(steps: Sequence[Took], moved: int, device: torch.device) -> str:

@@ -103,6 +103,7 @@ def steps(kind: str) -> Iterator[Row]:
     device = torch.device(kind)
     if kind == "cpu":
         torch.set_num_threads(1)
+    yield from (fused.exact(case, device) for case in fused.CASES)
     copied = fused.copy_bandwidth(device) if kind == "cuda" else None
     for width in (1, 3.5) if kind == "cuda" else (0.25,):
         shapes = fused.resnet(width)

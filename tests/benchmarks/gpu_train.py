@@ -62,7 +62,7 @@ def resnet50(folder: Path, device: str, world: int, *more: str) -> Trial:
 
 def speed(trial: Trial, device: str) -> list[Row]:
     cuda = device == "cuda"
-    measured = bench.measure(trial, steps=60 if cuda else 2, rounds=3 if cuda else 1)
+    measured = bench.measure(trial, steps=60 if cuda else 2, rounds=3 if cuda else 1, progress=_told)
     rates, shown = measured.images_per_second, list(measured.lines())
     name = f"ResNet-50, {trial.workload.data.image_size} pixels, batch {trial.budget.global_batch_size}"
 
@@ -76,6 +76,11 @@ def speed(trial: Trial, device: str) -> list[Row]:
         row(f"{name}: a bare loop's images/s", statistics.median(rates[BARE]), None, shown[2]),
         row(f"{name}: TFLOP/s a rank", measured.flops_a_second / 1e12, None, shown[-1]),
     ]
+
+
+def _told(done: int, total: int) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"training: {done} of {total} rounds", file=sys.stderr, flush=True)
 
 
 def resumed(folder: Path, device: str, world: int) -> Row:
