@@ -143,7 +143,7 @@ def _step(worker: engine.Engine, trial: Trial, step: int, images: Tensor, labels
     eta, _, lam = schedule(trial, step % total_steps(trial))
     lr, weight_decay = optim.hyperparameters(trial.optimizer, trial.decay, eta, lam)
     recipe = trial.workload.recipe
-    mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, trial.workload.data.image_size)
+    mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, images.shape[-1])
     worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, step=step, mix=mix)
 
 

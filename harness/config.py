@@ -48,6 +48,8 @@ ModelName = Literal[
     "convnext_tiny", "vit_s16", "wrn_28_10", "shake_26_2x64d", "shake_26_2x96d",
 ]  # fmt: skip
 WITHOUT_BATCH_NORM = ("mnist5k_cnn", "mnist5k_mlp", "convnext_tiny", "vit_s16")
+OF_ONE_SIZE = ("mnist5k_cnn", "mnist5k_mlp", "mnist5k_cnn_bn", "vit_s16")
+"""models with weights for each place of an image: they take images of image_size and no others"""
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -91,6 +93,12 @@ class Data(Frozen):
         "null: they have that size already",
         examples=[256],
     )
+    eval_image_size: Whole | None = Field(
+        None,
+        ge=8,
+        description="height and width, pixels, of what is cut out where images are evaluated, train_eval included; null: image_size",
+        examples=[256],
+    )
     channels: Literal[1, 3] = Field(3, examples=[3])
     train_samples: Whole = Field(ge=1, description="samples in the train shards, holdout included", examples=[4000])
     holdout_per_class: Whole = Field(
@@ -113,12 +121,25 @@ class Data(Frozen):
                 f"holdout_per_class {self.holdout_per_class} of {self.num_classes} classes must be fewer than train_samples "
                 f"{self.train_samples}; e.g. {self.train_samples // self.num_classes // 10}"
             )
-        if self.resize is not None and self.resize < self.image_size:
-            raise ValueError(f"resize: {self.resize} must be at least image_size, {self.image_size}; e.g. {self.image_size * 8 // 7}")
+        if self.eval_image_size == self.image_size:
+            raise ValueError(f"eval_image_size: {self.eval_image_size} is image_size; leave it out")
+        if self.eval_image_size is not None and self.resize is None:
+            raise ValueError(
+                f"eval_image_size: {self.eval_image_size} needs resize, the shorter side of the images that it is cut out of; "
+                f"e.g. resize: {self.eval_image_size * 8 // 7}"
+            )
+        for key, size in (("image_size", self.image_size), ("eval_image_size", self.evaluated_size)):
+            if self.resize is not None and self.resize < size:
+                raise ValueError(f"resize: {self.resize} must be at least {key}, {size}; e.g. {size * 8 // 7}")
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ValueError(f"{key} must have {self.channels} value(s), one a channel")
         return self
+
+    @property
+    def evaluated_size(self) -> int:
+        """Height and width, pixels, of every image that is evaluated."""
+        return self.eval_image_size or self.image_size
 
     @property
     def holdout_samples(self) -> int:
@@ -174,11 +195,35 @@ class Shuffle(Frozen):
     blocks: Whole = Field(ge=1, description="blocks whose samples are mixed: what a node's file cache should hold", examples=[16])
 
 
+class Resolution(Frozen):
+    """Training images grow from `start` to image_size, from one epoch to the next: harness.schedule.image_size."""
+
+    start: Whole = Field(ge=8, description="height and width of the first training images, pixels; below image_size", examples=[160])
+    epochs: tuple[Annotated[Number, Field(ge=0)], Number] = Field(
+        description="they have `start` pixels up to the first of these epochs, image_size from the second on; 0-based", examples=[[65, 76]]
+    )
+    multiple: Whole = Field(
+        32, ge=1, description="of pixels that sizes in between are rounded to; divides start and image_size", examples=[32]
+    )
+
+    @field_validator("epochs")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError("must ascend")
+        return value
+
+
 class Recipe(Frozen):
     """What defines the result and is neither optimizer, decay, schedule nor budget."""
 
     label_smoothing: Number = Field(0.0, ge=0, lt=1, description="in the trained loss only, never in a reported one", examples=[0.1])
     crop: Crop | None = Field(None, description="null: training sees whole images, as evaluation does", examples=[{"scale": [0.08, 1]}])
+    resolution: Resolution | None = Field(
+        None,
+        description="a schedule of the size that crop is resized to; null: image_size in every epoch",
+        examples=[{"start": 160, "epochs": [65, 76]}],
+    )
     shuffle: Shuffle | None = Field(
         None, description="null: every order of all samples has the same chance", examples=[{"block": 1024, "blocks": 16}]
     )
@@ -264,6 +309,32 @@ class Workload(Frozen):
     data: Data
     model: Model
     recipe: Recipe = Recipe()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        size, model, ramp = self.data.image_size, self.model.name, self.recipe.resolution
+        if model == "vit_s16" and size % 16:
+            raise ValueError(f"data.image_size: {size} is no multiple of {model}'s patches of 16 pixels; e.g. {-(-size // 16) * 16}")
+        for key, value in (("recipe.resolution", ramp), ("data.eval_image_size", self.data.eval_image_size)):
+            if value is not None and model in OF_ONE_SIZE:
+                raise ValueError(f"{key}: {model} takes images of one size, data.image_size, {size}; leave {key} out")
+        if ramp is None:
+            return self
+        if self.recipe.crop is None:
+            raise ValueError(
+                "recipe.resolution: needs crop, whose parts of images can be resized to any size; e.g. crop: {scale: [0.08, 1]}"
+            )
+        if ramp.start >= size:
+            raise ValueError(
+                f"recipe.resolution.start: {ramp.start} must be below data.image_size, {size}, where it ends; "
+                f"e.g. {max(8, size - ramp.multiple)}"
+            )
+        if ramp.start % ramp.multiple or size % ramp.multiple:
+            raise ValueError(
+                f"recipe.resolution.multiple: {ramp.multiple} must divide start, {ramp.start}, and data.image_size, {size}; "
+                f"e.g. {math.gcd(ramp.start, size)}"
+            )
+        return self
 
 
 class Reference(Frozen):
@@ -498,11 +569,6 @@ class Trial(Frozen):
             raise ValueError(
                 f"workload.recipe.norm_batch_size: {recipe.norm_batch_size} has no meaning for {model}, "
                 "which has no batch norm; leave it out"
-            )
-        if model == "vit_s16" and self.workload.data.image_size % 16:
-            size = self.workload.data.image_size
-            raise ValueError(
-                f"workload.data.image_size: {size} is no multiple of {model}'s patches of 16 pixels; e.g. {-(-size // 16) * 16}"
             )
         if recipe.norm_batch_size is not None and batch % recipe.norm_batch_size:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""step -> eta, cycle, lambda: pure functions of a trial and a 0-based optimizer step, the only clock.
+"""step -> eta, cycle, lambda, image size: pure functions of a trial and a 0-based optimizer step, the only clock.
 
 Nothing here has state, so a resumed step equals an uninterrupted one. Symbols and sources: SGDR (arXiv 1608.03983)
 eq. 5 for eta; Decoupled Weight Decay Regularization (arXiv 1711.05101v3) section 3 and appendix B.1 for lambda.
@@ -59,6 +59,21 @@ def schedule(trial: Trial, step: int) -> tuple[float, int, float]:
     cycle, (start, end) = next((i, c) for i, c in enumerate(cycles(trial)) if c[0] <= step < c[1])
     t_cur = (step - start) / (end - start)
     return _eta(trial, step, t_cur), cycle, _lambda(trial, end - start)
+
+
+def image_size(trial: Trial, step: int) -> int:
+    """Height and width, pixels, of the training images of a 0-based step: the same for all steps of an epoch.
+
+    data.image_size, or with a recipe's `resolution` FFCV's ramp (arXiv 2306.12517; get_resolution of libffcv/ffcv-imagenet):
+    `start` up to one epoch, image_size from another one on, linear in the 0-based whole epoch between them, rounded to the
+    nearest `multiple`, halves to the even one.
+    """
+    size, ramp = trial.workload.data.image_size, trial.workload.recipe.resolution
+    if ramp is None:
+        return size
+    (first, last), epoch = ramp.epochs, step // steps_per_epoch(trial)
+    grown = min(1.0, max(0.0, (epoch - first) / (last - first)))
+    return round((ramp.start + grown * (size - ramp.start)) / ramp.multiple) * ramp.multiple
 
 
 def evaluations(trial: Trial) -> set[int]:
@@ -128,13 +143,20 @@ def check(trial: Trial) -> None:
 
 
 def warnings(trial: Trial) -> list[str]:
-    """What is legal and probably not meant: a budget that cuts a cycle."""
+    """What is legal and probably not meant: a budget that cuts a cycle, or ends before images have grown to their size."""
     spans, total, per_epoch = cycles(trial), total_steps(trial), steps_per_epoch(trial)
     start, end = spans[-1]
-    if end == total:
-        return []
-    near = [f"{e / per_epoch:g}" for e in (start, end) if e > 0]
-    return [
-        f"budget.epochs: {trial.budget.epochs:g} cuts cycle {len(spans)} of {trial.arm}, which ends at epoch {end / per_epoch:g}; "
-        f"budgets that end a cycle: {' or '.join(near)}"
-    ]
+    lines = []
+    if end != total:
+        near = [f"{e / per_epoch:g}" for e in (start, end) if e > 0]
+        lines.append(
+            f"budget.epochs: {trial.budget.epochs:g} cuts cycle {len(spans)} of {trial.arm}, which ends at epoch {end / per_epoch:g}; "
+            f"budgets that end a cycle: {' or '.join(near)}"
+        )
+    grown, size = image_size(trial, total - 1), trial.workload.data.image_size
+    if grown != size:
+        lines.append(
+            f"workload.recipe.resolution.epochs: the budget of {trial.budget.epochs:g} epochs ends at {grown} pixels, before images have "
+            f"grown to {size}"
+        )
+    return lines

@@ -25,7 +25,7 @@ DEFAULTS = ("budget", "evaluation", "checkpoint")
 
 
 REFERRED: Any = {
-    "data": {"image_size", "resize", "train_on", "train_samples", "val_samples", "num_classes"},
+    "data": {"image_size", "resize", "eval_image_size", "train_on", "train_samples", "val_samples", "num_classes"},
     "model": True,
     "recipe": True,
     "budget": True,
@@ -337,7 +337,8 @@ def planned(loaded: LoadedStudy, results: Mapping[str, float | None]) -> list[Pl
 
 def warnings(loaded: LoadedStudy) -> list[str]:
     """What is legal and probably not meant, one line each, each once."""
-    lines = [line for p in planned(loaded, {}) if p.trial is not None for line in schedule.warnings(p.trial)]
+    trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
+    lines = [line for trial in trials for line in schedule.warnings(trial)]
     if loaded.departures and loaded.workload.reference is not None:
         source = loaded.workload.reference.source
         lines.append(f"workload {loaded.workload.name} departs from its reference, {source}: {', '.join(loaded.departures)}")
@@ -345,6 +346,10 @@ def warnings(loaded: LoadedStudy) -> list[str]:
     if data.holdout_samples == 0 and loaded.study.finalists is not None:
         key, value = ("train_on", "train") if data.train_on != "train" else ("holdout_per_class", "50")
         lines.append(f"workload.data.{key}: {getattr(data, key)}, so there is no holdout and finalists cannot be chosen; e.g. {value}")
+    if loaded.workload.recipe.resolution is not None:
+        restarted = ", ".join(dict.fromkeys(trial.arm for trial in trials if trial.schedule.name == "cosine_restarts"))
+        if restarted:
+            lines.append(f"workload.recipe.resolution: blurs what the restarts of {restarted} do; leave it out of a comparison")
     test = loaded.workload.evaluation.test
     if test is not None and loaded.study.finalists is None:
         lines.append(f"evaluation.test: {test.name} is for finalists, of which there are none; e.g. finalists: {{top: 1, seeds: 8}}")

@@ -57,7 +57,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
                 images, labels = next(batches)
             if resets_moments(trial, step):
                 worker.reset_moments()
-            mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, trial.workload.data.image_size)
+            mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, images.shape[-1])
             result = worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, step=step, mix=mix, measure=done in ends)
 
             stopping = False

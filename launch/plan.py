@@ -47,7 +47,8 @@ def measured_seconds_per_step(trial: Trial, ranks: int, store: Store) -> float |
 def _cost(trial: Trial) -> tuple[Any, ...]:
     """What the time of a step hangs on, as far as a config says."""
     data = trial.workload.data
-    return trial.workload.model, data.name, data.image_size, trial.budget.global_batch_size, trial.workload.recipe.precision
+    pixels = data.image_size, scaling.pixel_share(trial)
+    return trial.workload.model, data.name, pixels, trial.budget.global_batch_size, trial.workload.recipe.precision
 
 
 def cycle_end_epochs(trial: Trial) -> list[float]:
@@ -119,11 +120,12 @@ def phases(loaded: LoadedStudy, plan: Sequence[Planned], store: Store, cluster: 
 
 
 def referred_gpu_hours(loaded: LoadedStudy) -> float | None:
-    """GPU-hours of a trial at the speed that its workload's reference states; None without one."""
+    """GPU-hours of a trial at the speed that its workload's reference states for images of image_size; None without one."""
     reference, trial = loaded.workload.reference, any_trial(loaded)
     if reference is None:
         return None
-    return schedule.total_steps(trial) * trial.budget.global_batch_size / reference.images_per_second / 3600
+    images = schedule.total_steps(trial) * trial.budget.global_batch_size
+    return images * scaling.pixel_share(trial) / reference.images_per_second / 3600
 
 
 def scale(loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def scale(loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> dic
         "bytes_a_rank": scaling.memory(reference.parameters, kept, trial.backend, ranks).total,
         "bytes_sent_a_step": scaling.traffic(reference.parameters, trial.backend, ranks, micro_batches),
         "checkpoint_bytes": scaling.checkpoint_bytes(reference.parameters, kept),
-        "images_a_second": reference.images_per_second * ranks,
+        "images_a_second": reference.images_per_second / scaling.pixel_share(trial) * ranks,
     }
 
 

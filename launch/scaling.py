@@ -95,6 +95,16 @@ def written_bytes(parameters: int, kept: int, backend: Backend, world: int) -> f
     return FP32 * parameters * (1 + kept / (world if backend.zero_stage else 1))
 
 
+def pixel_share(trial: Trial) -> float:
+    """Pixels of a training image in the mean over all steps, as a share of image_size squared: a step's time is nearly proportional.
+
+    1 without a schedule of resolutions.
+    """
+    total, per_epoch = schedule.total_steps(trial), schedule.steps_per_epoch(trial)
+    pixels = sum(schedule.image_size(trial, first) ** 2 * min(per_epoch, total - first) for first in range(0, total, per_epoch))
+    return pixels / total / trial.workload.data.image_size**2
+
+
 def points(trial: Trial) -> int:
     """Metric points of one trial in MLflow; a finalist's further test set is not counted."""
     ends, evaluated = schedule.cycle_ends(trial), schedule.evaluations(trial)

@@ -17,6 +17,8 @@ from tests.trials import trial as resolved
 
 TRAIN, VAL, BATCH, SIZE, RESIZE = 62, 11, 24, 32, 40
 RECIPE: dict[str, Any] = {"crop": {}, "flip": True}
+GROWING = RECIPE | {"resolution": {"start": 16, "epochs": [0, 4], "multiple": 4}}
+"""sizes by epoch: 16, 20, 24, 28, 32, 32, ..."""
 PHOTO = np.array(load_sample_image("china.jpg"))
 
 
@@ -39,10 +41,11 @@ def make(folder: Path) -> Path:
     return folder
 
 
-def a_trial(folder: Path, recipe: dict[str, Any] | None = None, seed: int = 0, data: dict[str, Any] | None = None) -> Trial:
+def a_trial(folder: Path, recipe: dict[str, Any] | None = None, seed: int = 0, data: dict[str, Any] | None = None, **over: Any) -> Trial:
     about = {"path": str(folder), "num_classes": TRAIN, "image_size": SIZE, "resize": RESIZE, "channels": 3, "train_samples": TRAIN}
     about |= {"holdout_per_class": 0, "val_samples": VAL, "mean": [0.5] * 3, "std": [0.3] * 3, "name": "photographs", **(data or {})}
-    return resolved(data=about, recipe=RECIPE if recipe is None else recipe, budget={"epochs": 30, "global_batch_size": BATCH}, seed=seed)
+    budget = {"epochs": 30, "global_batch_size": BATCH}
+    return resolved(data=about, model="resnet18", recipe=RECIPE if recipe is None else recipe, seed=seed, **{"budget": budget} | over)
 
 
 def opened(trial: Trial, threads: int = 0) -> loader.DataSet:

@@ -80,16 +80,18 @@ class DataSet:
         self.substitutes = Substitutes(reader, trained)
         load: Load = self.substitutes if data.on_corrupt == "substitute" else reader
         self.shape = (data.channels, data.image_size, data.image_size)
-        """of one image in a batch"""
-        view = partial(View, shape=self.shape, threads=threads)
-        self.train = view(trained, Mislabelled(load, data.num_classes, label_noise) if label_noise else load)
-        self.holdout = view(index.holdout(data), reader)
-        self.val = view(index.val(), reader)
-        self.test = view(test.val(), Reader(test, data)) if test is not None else None
-        if (len(index.label) + (len(self.test) if self.test else 0)) * math.prod(self.shape) <= DECODED_BYTES:
-            for kept in (None if crops else self.train, self.holdout, self.val, self.test):
-                if kept is not None:
-                    kept.decode()
+        """of one training image in a batch, the largest where a recipe's resolution lets them grow"""
+        self._evaluated = (data.channels, data.evaluated_size, data.evaluated_size)
+        labelled = Mislabelled(load, data.num_classes, label_noise) if label_noise else load
+        self.train = View(trained, labelled, self.shape, threads)
+        evaluated = partial(View, shape=self._evaluated, threads=threads)
+        self.holdout = evaluated(index.holdout(data), reader)
+        self.val = evaluated(index.val(), reader)
+        self.test = evaluated(test.val(), Reader(test, data)) if test is not None else None
+        views = [view for view in (self.train, self.holdout, self.val, self.test) if view is not None]
+        if sum(view.pixel_bytes for view in views) <= DECODED_BYTES:
+            for view in views[1:] if crops else views:
+                view.decode()
 
     def sha256(self) -> dict[str, str]:
         """{data_sha256, and where there is a test set test_sha256}: the identities of the samples and of their order."""
@@ -105,7 +107,7 @@ class DataSet:
         A function of the data alone, not of seed or arm. All of `train` when it has fewer.
         """
         ranks = self.index.holdout_rank[self.train.numbers]
-        return self.train.part(np.sort(np.argsort(ranks, kind="stable")[:samples]))
+        return self.train.part(np.sort(np.argsort(ranks, kind="stable")[:samples]), self._evaluated)
 
 
 def threads_of_a_rank() -> int:
@@ -146,7 +148,7 @@ def open_data(
 
 
 Load = Callable[[int, torch.Tensor, Choose | None], int]
-"""(number, out (1, channels, image_size, image_size) uint8, box or None: as in evaluation) -> label; the image is then in `out`"""
+"""(number, out (1, channels, size, size) uint8, box or None: as in evaluation) -> label; the image is then in `out`, of its size"""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Reader:
             raise CorruptSample(f"{self.index.where(number)}: does not decode: {error}; see: wrbench shards verify") from None
 
     def _whole(self, number: int, pixels: Pixels, out: torch.Tensor) -> None:
-        size, (height, width, channels) = self._data.image_size, pixels.shape
+        size, (height, width, channels) = out.shape[-1], pixels.shape
         if self._data.resize is not None:
             height, width = shorter_side(height, width, self._data.resize)
             resized = torch.empty(1, height, width, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -289,9 +291,15 @@ class View:
             list(threads.map(block, range(0, len(self), 64)))
         self._decoded = images, labels
 
-    def part(self, positions: IntArray) -> View:
-        view = View(self.numbers[positions], self._load, self._shape, self.threads)
-        if self._decoded is not None:
+    @property
+    def pixel_bytes(self) -> int:
+        """Of all its images, decoded."""
+        return len(self) * math.prod(self._shape)
+
+    def part(self, positions: IntArray, shape: tuple[int, int, int]) -> View:
+        """The samples at `positions`, as images of `shape`."""
+        view = View(self.numbers[positions], self._load, shape, self.threads)
+        if self._decoded is not None and shape == self._shape:
             images, labels = self._decoded
             view._decoded = images[positions], labels[positions]
         return view
@@ -314,7 +322,7 @@ class View:
         pinned = torch.cuda.is_available()
         if not self.threads:
             for request in requests:
-                batch = self.empty(len(request.positions), pinned)
+                batch = self.empty(request, pinned)
                 self.fill(request.positions, *batch, request.augment)
                 yield batch
             return
@@ -323,7 +331,7 @@ class View:
         try:
             for request in requests:
                 n = len(request.positions)
-                images, labels = self.empty(n, pinned)
+                images, labels = self.empty(request, pinned)
                 step = max(1, min(PART, n // (2 * self.threads)))
                 parts = [slice(start, start + step) for start in range(0, n, step)]
                 run = [threads.submit(self.fill, request.positions[p], images[p], labels[p], request.augment) for p in parts]
@@ -335,10 +343,12 @@ class View:
         finally:
             threads.shutdown(cancel_futures=True)
 
-    def empty(self, n: int, pinned: bool) -> Batch:
-        """Unwritten. Both allocators give the memory of batches that are gone again, CUDA's when no copy reads them any more."""
-        channels, height, width = self._shape
-        images = torch.empty(n, height, width, channels, dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)
+    def empty(self, request: Request, pinned: bool) -> Batch:
+        """Unwritten, of the request's size. Both allocators give the memory of batches that are gone again, CUDA's when no copy reads
+        them any more."""
+        n, (channels, own, _) = len(request.positions), self._shape
+        size = request.size or own
+        images = torch.empty(n, size, size, channels, dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)
         return images, torch.empty(n, dtype=torch.int64, pin_memory=pinned)
 
     def fill(self, positions: IntArray, images: torch.Tensor, labels: torch.Tensor, augment: Augment | None) -> None:
@@ -408,6 +418,8 @@ class Request:
 
     positions: IntArray
     augment: Augment | None = None
+    size: int | None = None
+    """height and width of its images, pixels; None: the view's own"""
 
 
 def train_batches(
@@ -430,7 +442,8 @@ def train_batches(
             steps = range(step, min(step + together, stop_step, (step // per_epoch + 1) * per_epoch))
             drawn = (order.batch_positions(trial.seed, s, per_epoch, batch, len(view), windowed) for s in steps)
             positions = np.concatenate([order.share(positions, rank, world_size) for positions in drawn])
-            yield Request(positions, Augment(recipe, trial.seed, step // per_epoch, len(view)))
+            augment = Augment(recipe, trial.seed, step // per_epoch, len(view))
+            yield Request(positions, augment, schedule.image_size(trial, step))  # steps taken together are of one epoch
             step = steps.stop
 
     if recipe.augment is not None and view.threads:

@@ -36,7 +36,7 @@ class _Batches(Dataset["tuple[Batch, list[Substitution]] | Exception"]):
     def __getitem__(self, request: Request) -> tuple[Batch, list[Substitution]] | Exception:
         torch.set_num_threads(1)
         known = set(self._substitutes.made)
-        images, labels = self._view.empty(len(request.positions), pinned=False)
+        images, labels = self._view.empty(request, pinned=False)
         try:
             self._view.fill(request.positions, images, labels, request.augment)
         except (BadInput, Unreachable) as fault:  # torch would hand it over with a traceback in its message

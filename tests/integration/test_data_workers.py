@@ -24,7 +24,7 @@ from harness.train import train
 from harness.vision import torchvision
 from tests.integration.ranks import Ranks, history
 from tests.integration.test_train import SGDW, small
-from tests.photographs import BATCH, a_trial, make, opened, same, steps
+from tests.photographs import BATCH, GROWING, a_trial, make, opened, same, steps
 
 RAND, TRIVIAL = {"name": "randaugment", "num_ops": 3, "magnitude": 15}, {"name": "trivialaugment"}
 
@@ -136,11 +136,12 @@ def test_workers_end_with_their_rank(few: Path, tmp_path: Path, end: str) -> Non
 
 
 def test_random_crops_of_photographs(tmp_path: Path) -> None:
-    """As they are trained on: crop, flip and operations in colour; resumed at any step; evaluated meanwhile."""
+    """As they are trained on: crop of a size that grows, flip and operations in colour; resumed at any step; evaluated meanwhile."""
     photographs = make(tmp_path)
-    t = a_trial(photographs, {"crop": {}, "flip": True, "augment": RAND})
+    t = a_trial(photographs, GROWING | {"augment": RAND})
     whole = steps(t, stop=8)
-    assert not same(whole, steps(a_trial(photographs, {"crop": {}, "flip": True}), stop=8))
+    assert [images.shape[-1] for images, _ in whole] == [16, 16, 20, 20, 24, 24, 28, 28]
+    assert not same(whole, steps(a_trial(photographs, GROWING), stop=8))
     for processes, world in ((1, 1), (4, 3), (2, 8)):
         ranks = [steps(t, rank, world, stop=8, threads=processes) for rank in {0, world - 1}]
         for share, rank in zip(ranks, {0, world - 1}, strict=True):

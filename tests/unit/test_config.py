@@ -82,6 +82,7 @@ def test_mistakes_in_a_trial(over: dict[str, Any], message: str) -> None:
     assert str(error.value).startswith(f"test: {message}")
 
 
+RAMP = {"crop": {}, "resolution": {"start": 8, "epochs": [0, 3], "multiple": 4}}
 ARM = {"optimizer": {"name": "sgd"}, "schedule": {"name": "cosine"}}
 
 
@@ -140,6 +141,62 @@ def test_resize_and_crop() -> None:
     ):
         with pytest.raises(BadInput, match=said):
             trial(**over)
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"data": {"eval_image_size": 28}}, "workload.data.eval_image_size: 28 is image_size; leave it out"),
+        (
+            {"data": {"eval_image_size": 64}},
+            "workload.data.eval_image_size: 64 needs resize, the shorter side of the images that it is cut out of; e.g. resize: 73",
+        ),
+        ({"data": {"eval_image_size": 64, "resize": 32}}, "workload.data.resize: 32 must be at least eval_image_size, 64; e.g. 73"),
+        (
+            {"data": {"eval_image_size": 64, "resize": 73}, "model": "mnist5k_cnn"},
+            "workload.data.eval_image_size: mnist5k_cnn takes images of one size, data.image_size, 28; leave data.eval_image_size out",
+        ),
+        (
+            {"data": {"image_size": 32}, "model": "vit_s16", "recipe": RAMP},
+            "workload.recipe.resolution: vit_s16 takes images of one size, data.image_size, 32; leave recipe.resolution out",
+        ),
+        ({"recipe": {"resolution": {"start": 8}}}, "workload.recipe.resolution.epochs: missing; e.g. [65, 76]"),
+        (
+            {"recipe": {"resolution": {"start": 8, "epochs": [3, 3]}}},
+            "workload.recipe.resolution.epochs: [3, 3] must ascend; e.g. [65, 76]",
+        ),
+        (
+            {"recipe": {"resolution": {"start": 8, "epochs": [-1, 3]}}},
+            "workload.recipe.resolution.epochs.0: -1 must be greater than or equal to 0; e.g. [65, 76]",
+        ),
+        (
+            {"recipe": {"resolution": RAMP["resolution"]}},
+            "workload.recipe.resolution: needs crop, whose parts of images can be resized to any size; e.g. crop: {scale: [0.08, 1]}",
+        ),
+        (
+            {"data": {"image_size": 160}, "recipe": {"crop": {}, "resolution": {"start": 160, "epochs": [0, 3]}}},
+            "workload.recipe.resolution.start: 160 must be below data.image_size, 160, where it ends; e.g. 128",
+        ),
+        (
+            {"recipe": {"crop": {}, "resolution": {"start": 20, "epochs": [0, 3]}}},
+            "workload.recipe.resolution.multiple: 32 must divide start, 20, and data.image_size, 28; e.g. 4",
+        ),
+    ],
+)
+def test_mistakes_in_image_sizes(over: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        trial(**{"model": "resnet18"} | over)
+    assert str(error.value) == f"test: {message}"
+
+
+def test_image_sizes_are_part_of_the_identity_and_their_defaults_are_not() -> None:
+    plain = trial(model="resnet18", recipe={"crop": {}})
+    assert "eval_image_size" not in plain.identity()["data"] and plain.identity()["recipe"] == {"crop": {}}
+    grown = trial(model="resnet18", recipe=RAMP)
+    assert grown.identity()["recipe"] == {"crop": {}, "resolution": {"start": 8, "epochs": [0.0, 3.0], "multiple": 4}}
+    larger = trial(model="resnet18", recipe={"crop": {}}, data={"resize": 40, "eval_image_size": 36})
+    assert larger.identity()["data"]["eval_image_size"] == 36
+    assert len({plain.trial_id, grown.trial_id, larger.trial_id}) == 3
 
 
 def test_global_batch_and_micro_batch_must_divide() -> None:

@@ -52,6 +52,35 @@ def test_a_price_is_images_by_speed() -> None:
     assert plan.referred_gpu_hours(loaded) == pytest.approx(images / 2500 / 3600)
 
 
+FFCV = [
+    "workload.data={image_size: 192, resize: 293, eval_image_size: 256}", "workload.recipe.resolution={start: 160, epochs: [65, 76]}",
+]  # fmt: skip
+
+
+def test_a_schedule_of_resolutions_is_priced_by_pixels() -> None:
+    """FFCV's, of 90 epochs: 71 at 160 pixels, 19 at 192."""
+    plain, grown = (study.load("configs/study/imagenet_adamwr_vs_sgdwr.yaml", over) for over in (["workload.data.image_size=192"], FFCV))
+    hours, fewer = plan.referred_gpu_hours(plain), plan.referred_gpu_hours(grown)
+    assert hours is not None and fewer is not None
+    share = (71 * 160**2 + 19 * 192**2) / (90 * 192**2)
+    assert fewer / hours == pytest.approx(share)
+    read = [plan.scale(loaded, planned(loaded, {}), read_cluster("slurm"))["images_a_second"] for loaded in (plain, grown)]
+    assert read[0] / read[1] == pytest.approx(share)
+
+
+def test_a_schedule_of_resolutions_beside_restarts_is_told() -> None:
+    path = Path("configs/study/imagenet_adamwr_vs_sgdwr.yaml")
+    told = [line for line in study.warnings(study.load(path, FFCV)) if line.startswith("workload.recipe.resolution")]
+    restarted = "SGDR, SGDWR, AdamR, AdamWR, AdamWR-defaults, AdamWR-eps, AdamWR-reset"
+    assert told == [f"workload.recipe.resolution: blurs what the restarts of {restarted} do; leave it out of a comparison"]
+    assert any("data.eval_image_size: 256 instead of None" in line for line in study.warnings(study.load(path, FFCV))), "a departure too"
+    assert not [line for line in study.warnings(study.load(path)) if "resolution" in line]
+    single = study.load("configs/study/paper_figure2.yaml", [
+        "workload={name: imagenet_resnet50}", "workload.recipe.resolution={start: 192, epochs: [0, 1]}", "ranks=null",
+    ])  # fmt: skip
+    assert not [line for line in study.warnings(single) if "blurs" in line], "no restarts, nothing to blur"
+
+
 def test_a_plan_states_the_arm_that_takes_most() -> None:
     """SGD, the first arm, keeps one moment; Adam keeps two and logs adam/v_below_eps at its cycle ends."""
     loaded = study.load("configs/study/imagenet_adamwr_vs_sgdwr.yaml")

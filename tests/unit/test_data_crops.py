@@ -13,7 +13,7 @@ from harness.data import bench, decode, loader, order
 from harness.data.index import CorruptSample, Index
 from harness.data.remote import Unreachable
 from tests import tars
-from tests.photographs import BATCH, RECIPE, RESIZE, SIZE, TRAIN, VAL, a_trial, make, opened, same, steps
+from tests.photographs import BATCH, GROWING, RECIPE, RESIZE, SIZE, TRAIN, VAL, a_trial, make, opened, same, steps
 
 
 @pytest.fixture(scope="module")
@@ -32,34 +32,40 @@ def resized(pixels, height, width):
 
 
 @pytest.mark.parametrize("decoder", list(decode.JPEG))
-def test_batches_against_a_slow_control(photographs, monkeypatch, decoder):
-    """Whole images by PIL, cut by slicing, resized one by one: every pixel of two epochs and of the validation set."""
+@pytest.mark.parametrize(
+    ("recipe", "seen", "evaluated"), [(RECIPE, (SIZE, SIZE), SIZE), (GROWING, (16, 20, 24, 28, SIZE, SIZE), 38)], ids=["fixed", "growing"]
+)
+def test_batches_against_a_slow_control(photographs, monkeypatch, recipe, seen, evaluated, decoder):
+    """Whole images by PIL, cut by slicing, resized one by one: every pixel of some epochs and of the validation set."""
     monkeypatch.setattr(decode, "decoder", "PIL")
-    trial = a_trial(photographs, seed=3)
+    trial = a_trial(photographs, recipe, seed=3, data={} if evaluated == SIZE else {"eval_image_size": evaluated})
     index = Index.load(photographs)
     whole = [decode.decode(content(index, n), 3).transpose(1, 2, 0) for n in range(TRAIN + VAL)]
     monkeypatch.setattr(decode, "decoder", decoder)
     per_epoch = schedule.steps_per_epoch(trial)
-    for step, (images, labels) in enumerate(steps(trial, stop=2 * per_epoch, threads=2)):
-        assert images.dtype == torch.uint8 and images.shape == (BATCH, 3, SIZE, SIZE)
+    for step, (images, labels) in enumerate(steps(trial, stop=len(seen) * per_epoch, threads=2)):
         epoch = step // per_epoch
+        size = seen[epoch]
+        assert images.dtype == torch.uint8 and images.shape == (BATCH, 3, size, size)
         flip = order.augmentation(3, epoch, TRAIN, 0).flip
         for image, label, position in zip(images, labels, order.batch_positions(3, step, per_epoch, BATCH, TRAIN).tolist(), strict=True):
             assert label == position
             pixels = whole[position]
             left, top, width, height = order.crop(3, epoch, position, *pixels.shape[:2], (0.08, 1.0), (3 / 4, 4 / 3))
-            expected = resized(pixels[top : top + height, left : left + width], SIZE, SIZE)
+            expected = resized(pixels[top : top + height, left : left + width], size, size)
             assert torch.equal(image, expected.flip(-1) if flip[position] else expected)
-    val = list(loader.eval_batches(opened(trial).val, 0, 1, 4))
-    for image, pixels in zip(torch.cat([images for images, _ in val]), whole[TRAIN:], strict=True):
-        height, width = pixels.shape[:2]
-        scaled = (int(RESIZE * height / width), RESIZE) if width <= height else (RESIZE, int(RESIZE * width / height))
-        top, left = (round((side - SIZE) / 2) for side in scaled)
-        assert torch.equal(image, resized(pixels, *scaled)[:, top : top + SIZE, left : left + SIZE])
+    dataset, size = opened(trial), evaluated
+    for view, sources in ((dataset.val, whole[TRAIN:]), (dataset.train_eval(TRAIN), whole[:TRAIN])):
+        for image, pixels in zip(torch.cat([images for images, _ in loader.eval_batches(view, 0, 1, 4)]), sources, strict=True):
+            height, width = pixels.shape[:2]
+            scaled = (int(RESIZE * height / width), RESIZE) if width <= height else (RESIZE, int(RESIZE * width / height))
+            top, left = (round((side - size) / 2) for side in scaled)
+            assert torch.equal(image, resized(pixels, *scaled)[:, top : top + size, left : left + size])
 
 
 @pytest.mark.parametrize(
-    "recipe", [RECIPE, {"crop": {}, "flip": True, "translate": 3, "shuffle": {"block": 8, "blocks": 3}}, {"flip": True}]
+    "recipe",
+    [RECIPE, GROWING | {"translate": 2}, {"crop": {}, "flip": True, "translate": 3, "shuffle": {"block": 8, "blocks": 3}}, {"flip": True}],
 )
 def test_the_same_global_batches_whatever_the_ranks_and_threads(photographs, monkeypatch, recipe):
     """Two epochs; each sample at most once in each, and at least N - batch of N."""
@@ -96,15 +102,17 @@ def test_ranks_of_an_unbound_node_share_its_cores(monkeypatch):
         assert loader.threads_of_a_rank() == threads
 
 
-def test_resume_at_any_step_equals_an_undisturbed_run(photographs):
-    trial = a_trial(photographs, seed=5)
+@pytest.mark.parametrize("recipe", [RECIPE, GROWING], ids=["fixed", "growing"])
+def test_resume_at_any_step_equals_an_undisturbed_run(photographs, recipe):
+    trial = a_trial(photographs, recipe, seed=5)
     whole, dataset = steps(trial, stop=30), opened(trial, threads=2)
     for start in np.random.default_rng(0).choice(30, 20, replace=False).tolist():
         assert same(list(loader.train_batches(dataset, trial, 0, 1, start, min(30, start + 2))), whole[start : start + 2])
 
 
-def test_validation_counts_every_sample_once_whatever_the_ranks_and_threads(photographs, monkeypatch):
-    trial = a_trial(photographs)
+@pytest.mark.parametrize("data", [{}, {"eval_image_size": 38}], ids=["as trained", "larger"])
+def test_validation_counts_every_sample_once_whatever_the_ranks_and_threads(photographs, monkeypatch, data):
+    trial = a_trial(photographs, data=data)
     reference = list(loader.eval_batches(opened(trial).val, 0, 1, 100))
     monkeypatch.setattr(loader, "DECODED_BYTES", 0)
     for threads in (0, 1, 4):
@@ -121,6 +129,18 @@ def test_decoded_at_start_or_read_as_needed_without_crops(photographs, monkeypat
     assert opened(trial).train.is_decoded and not opened(a_trial(photographs)).train.is_decoded
     monkeypatch.setattr(loader, "DECODED_BYTES", 0)
     assert same(steps(trial), decoded)
+
+
+def test_the_size_that_is_evaluated_counts_for_what_is_decoded_at_start(photographs, monkeypatch):
+    """Training without crops sees the centre of image_size; train_eval, like val, that of eval_image_size."""
+    trial = a_trial(photographs, {"flip": True}, data={"eval_image_size": 38})
+    for spare, kept in ((0, True), (-1, False)):
+        monkeypatch.setattr(loader, "DECODED_BYTES", 3 * (TRAIN * SIZE**2 + VAL * 38**2) + spare)
+        dataset = opened(trial)
+        assert dataset.train.is_decoded == dataset.val.is_decoded == kept
+        assert next(loader.train_batches(dataset, trial, 0, 1, 0, 1))[0].shape[-1] == SIZE
+        for view in (dataset.val, dataset.train_eval(5)):
+            assert next(loader.eval_batches(view, 0, 1, 5))[0].shape[-1] == 38
 
 
 def test_images_of_another_size_are_named_where_nothing_is_resized(photographs):

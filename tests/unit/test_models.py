@@ -134,6 +134,20 @@ def test_nothing_is_drawn_behind_our_back(name: str) -> None:
     assert torch.equal(net(x), first)
 
 
+@pytest.mark.parametrize("name", models.BUILDERS)
+def test_which_networks_take_images_of_any_size(name: str) -> None:
+    """Those that a schedule of resolutions, or evaluation at another size, is refused for cannot; all others can."""
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        net = build(name)
+    net.to("meta").eval()
+    assert net(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 10)
+    if name in config.OF_ONE_SIZE:
+        with pytest.raises((RuntimeError, AssertionError)):
+            net(torch.zeros(2, 3, 48, 48, device="meta"))
+    else:
+        assert net(torch.zeros(2, 3, 48, 48, device="meta")).shape == (2, 10)
+
+
 def test_patches_must_fit() -> None:
     with pytest.raises(BadInput, match=r"test: workload.data.image_size: 28 is no multiple of vit_s16's patches of 16 pixels; e.g. 32"):
         trial(model="vit_s16")

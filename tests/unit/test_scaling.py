@@ -61,6 +61,15 @@ def test_what_the_backward_pass_can_hide() -> None:
     assert scaling.hiding_seconds(6e9, 1e9) == pytest.approx(9.0)
 
 
+def test_fewer_pixels_cost_less() -> None:
+    """Four epochs of 35 steps at 16 pixels of 32, then half an epoch of 18 steps at 32."""
+    rgb = {"channels": 3, "mean": [0.5] * 3, "std": [0.3] * 3, "image_size": 32}
+    ramp = {"crop": {}, "resolution": {"start": 16, "epochs": [3, 4], "multiple": 16}}
+    plain, grown = (trial(data=rgb, model="resnet18", recipe=r, budget={"epochs": 4.5, "global_batch_size": 100}) for r in ({}, ramp))
+    assert scaling.pixel_share(plain) == 1
+    assert scaling.pixel_share(grown) == pytest.approx((140 / 4 + 18) / 158)
+
+
 @pytest.mark.parametrize("every", [None, 0.5])
 @pytest.mark.parametrize("optimizer", [{"name": "adam", "lr": 1e-3}, {"name": "sgd", "lr": 0.01}], ids=["adam", "sgd"])
 def test_points_are_those_of_a_journal(tmp_path: Path, few: Path, every: float | None, optimizer: dict[str, object]) -> None:

@@ -6,10 +6,11 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from harness import schedule as s
-from harness.config import BadInput
+from harness.config import BadInput, Trial
 from tests import reference
 from tests.trials import trial
 
@@ -121,6 +122,59 @@ def test_mistakes_are_named(schedule: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match="test: ") as error:
         trial(schedule=schedule)
     assert message in str(error.value)
+
+
+RGB = {"channels": 3, "mean": [0.5] * 3, "std": [0.3] * 3}
+
+
+def growing(size: int, budget: float, **resolution: Any) -> Trial:
+    return trial(
+        data=RGB | {"image_size": size}, model="resnet18", recipe={"crop": {}, "resolution": resolution},
+        budget={"epochs": budget, "global_batch_size": 100}, schedule={"name": "cosine"},
+    )  # fmt: skip
+
+
+def sizes(t: Trial) -> list[int]:
+    """By epoch; the same for all steps of one."""
+    per_epoch = s.steps_per_epoch(t)
+    steps = [s.image_size(t, step) for step in range(s.total_steps(t))]
+    epochs = [steps[start : start + per_epoch] for start in range(0, len(steps), per_epoch)]
+    assert all(len(set(epoch)) == 1 for epoch in epochs)
+    return [epoch[0] for epoch in epochs]
+
+
+@pytest.mark.parametrize(
+    ("budget", "ramp", "expected"),
+    [  # libffcv/ffcv-imagenet, rn50_configs: what its get_resolution gives for epochs 0, 1, ...
+        (88, [65, 76], [160] * 71 + [192] * 17),
+        (16, [11, 13], [160] * 12 + [192] * 4),
+        (4, [0, 3], [160, 160, 192, 192]),
+    ],
+)
+def test_image_sizes_are_those_of_ffcv(budget: int, ramp: list[int], expected: list[int]) -> None:
+    assert sizes(growing(192, budget, start=160, epochs=ramp)) == expected
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8, 32])
+@pytest.mark.parametrize(("start", "size"), [(32, 64), (128, 224), (96, 416)])
+@pytest.mark.parametrize("ramp", [(0, 1), (0, 12), (2.5, 7.25), (3, 30)])
+def test_image_sizes_ascend_within_their_bounds(multiple: int, start: int, size: int, ramp: tuple[float, float]) -> None:
+    """Exact at both ends, a multiple everywhere, and within half of one of the straight line."""
+    found = sizes(growing(size, 12.3, start=start, epochs=ramp, multiple=multiple))
+    assert len(found) == 13 and found == sorted(found)
+    for epoch, pixels in enumerate(found):
+        line = float(np.interp(epoch, ramp, (start, size)))
+        assert start <= pixels <= size and pixels % multiple == 0 and abs(pixels - line) <= multiple / 2
+        if not ramp[0] < epoch < ramp[1]:
+            assert pixels == line
+    assert {s.image_size(trial(), step) for step in range(245)} == {28}, "without a resolution"
+
+
+def test_a_budget_that_ends_before_images_have_grown_is_warned_of() -> None:
+    assert s.warnings(growing(192, 12, start=160, epochs=[2, 11])) == []
+    assert s.warnings(growing(192, 12, start=160, epochs=[2, 76])) == [
+        "workload.recipe.resolution.epochs: the budget of 12 epochs ends at 160 pixels, before images have grown to 192"
+    ]
 
 
 def test_a_step_outside_the_budget_is_refused() -> None:
