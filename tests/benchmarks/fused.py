@@ -136,7 +136,7 @@ def exact(case: str, device: torch.device) -> Row:
     weights[3:] = [w.to(memory_format=torch.channels_last) for w in weights[3:]]
     sides = []
     for where, dtype in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
-        parameters = [(str(i), torch.nn.Parameter(w.to(where, dtype))) for i, w in enumerate(weights)]
+        parameters = [(str(i), torch.nn.Parameter(w.to(where, dtype, copy=True))) for i, w in enumerate(weights)]
         optimizer = optim.build(parameters, t.optimizer, t.decay)
         torch.manual_seed(1)
         for step in range(10):
