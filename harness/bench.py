@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import engine, models, optim
+from harness import engine, models, numerics, optim
 from harness.config import Trial
 from harness.data import loader, order
 from harness.dist import Ranks, joined
@@ -67,7 +67,7 @@ class Measured:
 
 def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Measured:
     """`rounds` rounds of `steps` steps of each kind, after one round that is not counted. Collective."""
-    with joined(trial.backend.timeout_seconds) as ranks:
+    with joined(trial.backend.timeout_seconds) as ranks, numerics.switched(trial.backend):
         recipe = trial.workload.recipe
         data = loader.open_data(trial.workload.data, recipe.crop is not None or recipe.augment is not None, label_noise=recipe.label_noise)
         ours, bare = engine.build(trial, ranks), _bare(trial, ranks)

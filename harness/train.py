@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from harness import checkpoint, engine, optim
+from harness import checkpoint, engine, numerics, optim
 from harness.attempt import Attempt, Progress
 from harness.config import Trial
 from harness.data import loader, order
@@ -34,6 +34,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         return ended
     with (
         joined(trial.backend.timeout_seconds) as ranks,
+        numerics.switched(trial.backend),
         nullcontext(stop) if stop else StopRequest() as stop,
         Attempt(trial, folder, ranks, takes_over) as attempt,
     ):
