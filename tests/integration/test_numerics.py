@@ -83,7 +83,7 @@ def test_an_operation_without_a_deterministic_form_is_refused() -> None:
 
 def test_it_is_measured_as_it_is_trained(few: Path, seen: list[Switches]) -> None:
     """`wrbench bench train --set backend.deterministic=true` tells what it costs."""
-    bench.measure(small(few, **ADAMW, backend={"deterministic": True}), steps=1, rounds=1)
+    bench.measure(on({"deterministic": True}, few, ADAMW), steps=1, rounds=1)
     assert seen and all(now == DETERMINISTIC for now in seen)
 
 
