@@ -330,7 +330,10 @@ def _unequal_spaces(arms: Mapping[str, Arm]) -> Iterator[str]:
 def _mixed(records: Records) -> Iterator[str]:
     """Circumstances that must not matter, and are said when they differ within an arm or between arms."""
     table = records.trials[records.trials.planned & records.trials.run_id.notna()]
-    for name in ("world_size", "micro_batch_size", "backend", "zero_stage", "compile", "channels_last", "device", "commit", "data_sha256"):
+    for name in (
+        "world_size", "micro_batch_size", "backend", "zero_stage", "compile", "channels_last", "deterministic", "device", "commit",
+        "data_sha256",
+    ):  # fmt: skip
         values = table.get(f"tag.{name}", pd.Series(dtype=str)).dropna().str.replace(r"\b([0-9a-f]{10})[0-9a-f]{30,}\b", r"\1", regex=True)
         counts = {str(arm): Counter(of_arm) for arm, of_arm in values.groupby(table.arm, sort=False)}
         if len(set(values)) > 1:

@@ -162,6 +162,7 @@ class Attempt:
             "offload_optimizer": self.trial.backend.offload_optimizer,
             "channels_last": self.trial.backend.channels_last,
             "compile": self.trial.backend.compile,
+            "deterministic": self.trial.backend.deterministic,
             "device": self.ranks.device.type,
             "threads": torch.get_num_threads(),
             "host": socket.gethostname(),

@@ -16,16 +16,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from harness import engine, models, optim
+from harness import engine, models, numerics, optim, speed
 from harness.config import Trial
 from harness.data import loader, order
 from harness.dist import Ranks, joined
 from harness.schedule import schedule, total_steps
-
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""FLOP a second of a device's matrix units in bf16, dense, by a part of its name: NVIDIA's data sheets"""
 
 KINDS = ("ours, on shards", "ours, on a batch at hand", "bare loop")
 
@@ -39,7 +35,7 @@ class Measured:
     wait_fraction: float
     """of the loop on shards: share of its time spent waiting for a batch"""
     flops_a_second: float
-    """of this rank, forward and backward, on the batch at hand: multiplications and additions of matrix products and convolutions"""
+    """of this rank, on the batch at hand: speed.flops_an_image by the median step"""
     device: str
     peak_bytes: int | None
     """of the device's memory, ours and the bare loop's together; None on a CPU"""
@@ -56,7 +52,7 @@ class Measured:
         ours, bare = (self.images_per_second[kind] for kind in KINDS[1:])
         ratio = statistics.median(b / o for o, b in zip(ours, bare, strict=True))
         yield f"time of our step / of the bare one, both on the batch at hand, median of {len(ours)} rounds: {ratio:.3f}"
-        peak = next((peak for name, peak in PEAKS.items() if name in self.device), None)
+        peak = speed.peak(self.device)
         share = f"{self.flops_a_second / peak:.0%} of its {peak / 1e12:.0f} in bf16" if peak else "its peak is not known here"
         memory = f"; peak memory {self.peak_bytes / 1e9:.2f} GB" if self.peak_bytes is not None else ""
         yield (
@@ -67,7 +63,7 @@ class Measured:
 
 def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Measured:
     """`rounds` rounds of `steps` steps of each kind, after one round that is not counted. Collective."""
-    with joined(trial.backend.timeout_seconds) as ranks:
+    with joined(trial.backend.timeout_seconds) as ranks, numerics.switched(trial.backend):
         recipe = trial.workload.recipe
         data = loader.open_data(trial.workload.data, recipe.crop is not None or recipe.augment is not None, label_noise=recipe.label_noise)
         ours, bare = engine.build(trial, ranks), _bare(trial, ranks)
@@ -104,11 +100,12 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
                     waited = 0.0
                 progress(number * len(KINDS) + KINDS.index(kind) + 1, (rounds + 1) * len(KINDS))
         cuda = ranks.device.type == "cuda"
+        flops = speed.flops_an_image(ours.evaluation_model(), trial.workload.data) * len(images)
         return Measured(
             images_per_second=rates,
             step_seconds=seconds,
             wait_fraction=waited / sum(seconds[KINDS[0]]),
-            flops_a_second=_flops(trial, ranks, images, labels) / statistics.median(seconds[KINDS[1]]),
+            flops_a_second=flops / statistics.median(seconds[KINDS[1]]),
             device=torch.cuda.get_device_name(ranks.device) if cuda else f"a CPU, {torch.get_num_threads()} thread(s)",
             peak_bytes=torch.cuda.max_memory_allocated(ranks.device) if cuda else None,
         )
@@ -173,11 +170,3 @@ def _bare(trial: Trial, ranks: Ranks) -> Callable[[Tensor, Tensor], None]:
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def _flops(trial: Trial, ranks: Ranks, images: Tensor, labels: Tensor) -> float:
-    """Of this rank's share of a step, counted on two images of it."""
-    model = models.build(trial.workload, trial.seed).to(ranks.device).train()
-    with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(model(images[:2]), labels[:2]).backward()
-    return float(counter.get_total_flops()) / 2 * len(images)

@@ -510,6 +510,9 @@ class Backend(Frozen):
     )
     channels_last: bool = Field(False, description="images in NHWC memory order, and with ddp the convolution weights")
     compile: bool = Field(False, description="torch.compile of the model; needs a C++ compiler on a CPU")
+    deterministic: bool = Field(
+        False, description="the same bits every time on a GPU, at the cost of speed: harness/numerics.py; a CPU's are the same anyway"
+    )
     timeout_seconds: Whole = Field(
         45, ge=5, le=3600, description="a collective that waits longer ends the rank: the survivors of a killed rank leave", examples=[45]
     )

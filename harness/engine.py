@@ -69,7 +69,6 @@ class Engine(ABC):
 
     def __init__(self, trial: Trial, ranks: Ranks) -> None:
         self._trial, self._ranks = trial, ranks
-        torch.backends.cudnn.allow_tf32 = False  # torch's default rounds convolutions of fp32 to ten bits
         self._micro = trial.micro_batch_size(ranks.world_size)
         self._format = torch.channels_last if trial.backend.channels_last else torch.contiguous_format
         self._model = models.build(trial.workload, trial.seed).to(ranks.device)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
-import torch
-
-from harness import checkpoint, engine, optim
+from harness import checkpoint, engine, numerics, optim
 from harness.attempt import Attempt, Progress
 from harness.config import Trial
 from harness.data import loader, order
 from harness.dist import Ranks, joined
 from harness.evaluate import Evaluated, evaluate
 from harness.schedule import checkpoints, cycle_ends, evaluations, resets_moments, schedule, steps_per_epoch, total_steps
+from harness.speed import Clock
 from harness.stopping import StopRequest
 from harness.store import Store
 
@@ -34,6 +31,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         return ended
     with (
         joined(trial.backend.timeout_seconds) as ranks,
+        numerics.switched(trial.backend),
         nullcontext(stop) if stop else StopRequest() as stop,
         Attempt(trial, folder, ranks, takes_over) as attempt,
     ):
@@ -43,7 +41,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         data = loader.open_data(trial.workload.data, crops, test=test, label_noise=recipe.label_noise)
         worker = engine.build(trial, ranks)
         resumed = attempt.resume(worker, **data.sha256())
-        clock, answer = Clock(resumed.train_seconds, resumed.wait_seconds, ranks.device), resumed.answer
+        clock, answer = Clock(trial, ranks, resumed.train_seconds, resumed.wait_seconds), resumed.answer
         total, ends, evaluated, saves = total_steps(trial), set(cycle_ends(trial)), evaluations(trial), checkpoints(trial)
         read = loader.train_batches(data, trial, ranks.rank, ranks.world_size, resumed.steps_done, total)
         batches = loader.on_device(read, ranks.device)
@@ -59,6 +57,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
                 worker.reset_moments()
             mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, images.shape[-1])
             result = worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, step=step, mix=mix, measure=done in ends)
+            clock.step_done()
 
             stopping = False
             if done % trial.evaluation.log_every_steps == 0 or done in evaluated | saves:
@@ -69,7 +68,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
                 stopping = stops > 0
                 now = {"schedule/lr": lr, "schedule/eta": eta, "schedule/weight_decay": lam, "schedule/cycle": cycle}
                 now |= {"epoch": done / steps_per_epoch(trial), "train/loss": loss}
-                attempt.log(step, now | {"time/train_seconds": clock.seconds(), "data/wait_fraction": clock.wait_fraction()})
+                attempt.log(step, now | clock.logged())
                 if not math.isfinite(loss):
                     return attempt.end("diverged", done, None, f"train/loss is {loss} at step {step}")
                 if written == ranks.world_size:
@@ -81,7 +80,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
                     if done in ends:
                         answer = {f"anytime/{k.replace('/', '_')}": v for k, v in measured.items() if k.endswith("top1")}
                         measured |= result.measured | _train_eval(trial, worker, data, ranks)
-                    attempt.log(step, measured | answer)
+                    attempt.log(step, measured | answer | clock.evaluated(worker.evaluation_model()))
             if done in saves or stopping:
                 with clock.stopped():
                     attempt.save(worker, Progress(done, clock.seconds(), clock.waited, answer))
@@ -124,33 +123,3 @@ def _train_eval(trial: Trial, worker: engine.Engine, data: loader.DataSet, ranks
 def _on(view: loader.View, trial: Trial, worker: engine.Engine, ranks: Ranks) -> Evaluated:
     batches = loader.eval_batches(view, ranks.rank, ranks.world_size, trial.evaluation.batch_size)
     return evaluate(worker.evaluation_model(), batches, len(view), ranks)
-
-
-class Clock:
-    """Training seconds over all attempts; evaluating and saving stop it."""
-
-    def __init__(self, seconds: float, waited: float, device: torch.device) -> None:
-        self._device = device
-        self._origin = time.perf_counter() - seconds
-        self.waited = waited
-        """of these, seconds spent waiting for data"""
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._origin
-
-    def wait_fraction(self) -> float:
-        return self.waited / self.seconds()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        start = time.perf_counter()
-        yield
-        self._origin += time.perf_counter() - start

@@ -19,8 +19,11 @@ from launch.terminal import duration, table
 FP32 = 4
 """bytes: weights, gradients and moments are fp32 in every precision but fp64 (bf16 is autocast)"""
 
-LOGGED = 8
+LOGGED = 9
 """points of every logged step: harness.train"""
+
+SPEED = 5
+"""points of every evaluation on a GPU of a known peak: harness.speed; on a CPU there are two fewer"""
 
 SPLIT = 3
 """points of every evaluation of a split, and one more from the first completed cycle on: the answer at hand"""
@@ -113,7 +116,7 @@ def points(trial: Trial) -> int:
     splits = (trial.workload.data.holdout_samples > 0) + trial.evaluation.val
     answered = sum(step >= ends[0] for step in evaluated) if ends else 0
     at_ends = CYCLE_END + (trial.optimizer.name == "adam")
-    return LOGGED * len(logged) + splits * (SPLIT * len(evaluated) + answered) + at_ends * len(ends)
+    return LOGGED * len(logged) + SPEED * len(evaluated) + splits * (SPLIT * len(evaluated) + answered) + at_ends * len(ends)
 
 
 SIZES = {"ResNet-50, 26M": 25_557_032, "ViT-L, 304M": 304_326_632, "1B": 1_000_000_000}

@@ -112,6 +112,6 @@ def finish(trial: Trial, store: Store, world_size: int) -> dict[str, Any]:
 def history(folder: TrialFolder) -> dict[tuple[str, int], float]:
     """{(metric, step): value} of what is final, without the clock's readings; every one must be there once."""
     settled = journal.fold(journal.read(folder.journal)).settled
-    found = {(p.metric, p.step): p.value for p in settled if not p.metric.startswith(("time/", "data/"))}
+    found = {(p.metric, p.step): p.value for p in settled if not p.metric.startswith(("time/", "data/", "speed/", "memory/"))}
     assert len({(p.metric, p.step) for p in settled}) == len(settled)
     return found

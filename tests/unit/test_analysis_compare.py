@@ -188,7 +188,7 @@ def test_unequal_budgets_are_flagged(tmp_path: Path) -> None:
     assert "unequal budgets: configurations searched: AdamWR 3, SGDWR 1" in flags(tmp_path, search, finalists=False)
 
 
-@pytest.mark.parametrize("tag", ["world_size", "backend", "micro_batch_size", "commit", "zero_stage", "data_sha256"])
+@pytest.mark.parametrize("tag", ["world_size", "backend", "micro_batch_size", "commit", "zero_stage", "deterministic", "data_sha256"])
 def test_mixed_circumstances_are_flagged(tmp_path: Path, tag: str) -> None:
     name, column = tag.replace("_", " "), f"tag.{tag}"
     within = [row | {column: "y" if i == 1 else "x"} for i, row in enumerate([*ADAM, *SGD])]

@@ -8,6 +8,7 @@ import pytest
 
 from harness import journal
 from harness.config import Backend
+from harness.schedule import evaluations
 from harness.store import Store
 from harness.train import train
 from launch import scaling
@@ -80,4 +81,5 @@ def test_points_are_those_of_a_journal(tmp_path: Path, few: Path, every: float |
     )  # fmt: skip
     train(t, store := Store(tmp_path))
     settled = journal.fold(journal.read(store.trial(t.study, t.trial_id).journal)).settled
-    assert scaling.points(t) == len(settled)
+    on_a_gpu = 2 * len(evaluations(t))  # speed/peak_fraction, memory/peak_bytes
+    assert scaling.points(t) == len(settled) + on_a_gpu

@@ -1,0 +1,117 @@
+"""torch's switches while a trial runs, and after it; what deterministic means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import bench, checkpoint, engine, journal, numerics
+from harness.config import Backend
+from harness.data import order
+from harness.dist import joined
+from harness.store import Store
+from harness.train import train
+from tests.integration.ranks import finish, history
+from tests.integration.test_backends import FSDP, ZERO_2, on
+from tests.integration.test_train import ADAMW, SGDW, small
+from tests.trials import trial
+
+Switches = dict[str, bool]
+
+
+def switches() -> Switches:
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+    }
+
+
+DETERMINISTIC = {
+    "deterministic": True, "warn_only": False, "fill": False,
+    "cudnn_deterministic": True, "cudnn_benchmark": False, "cudnn_allow_tf32": False,
+}  # fmt: skip
+FAST = {"deterministic": False, "cudnn_deterministic": False, "cudnn_benchmark": True, "cudnn_allow_tf32": False}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Switches]:
+    """The switches at every step of an engine in this process."""
+    found: list[Switches] = []
+    plain = engine.Engine.train_step
+
+    def step(self: engine.Engine, *batch: Any, **options: Any) -> engine.Step:
+        found.append(switches())
+        return plain(self, *batch, **options)
+
+    monkeypatch.setattr(engine.Engine, "train_step", step)
+    return found
+
+
+def test_they_are_those_of_the_trial_and_then_as_before(tmp_path: Path, few: Path, seen: list[Switches]) -> None:
+    """One after the other in a process, as the debug executor runs trials; also after one that fails."""
+    before = switches()
+    for number, deterministic in enumerate((True, False, True)):
+        t = small(few, **SGDW, backend={"deterministic": deterministic}, budget={"epochs": 1, "global_batch_size": 100})
+        store = Store(tmp_path / str(number))
+        assert train(t, store)["state"] == "finished"
+        assert len(seen) == 7
+        for now in seen:
+            assert now | (DETERMINISTIC if deterministic else FAST) == now
+        assert switches() == before
+        (start,) = journal.fold(journal.read(store.trial(t.study, t.trial_id).journal)).starts
+        assert start["deterministic"] is deterministic
+        seen.clear()
+    with pytest.raises(ValueError, match="in the middle"), numerics.switched(Backend(deterministic=True)):
+        assert switches() == DETERMINISTIC
+        raise ValueError("in the middle")
+    assert switches() == before
+
+
+def test_an_operation_without_a_deterministic_form_is_refused() -> None:
+    source, index = torch.ones(4), torch.zeros(4, dtype=torch.int64)
+    with numerics.switched(Backend(deterministic=True)), pytest.raises(RuntimeError, match=r"put_.* does not have a deterministic"):
+        torch.zeros(4).put_(index, source, accumulate=False)
+    torch.zeros(4).put_(index, source, accumulate=False)
+
+
+def test_it_is_measured_as_it_is_trained(few: Path, seen: list[Switches]) -> None:
+    """`wrbench bench train --set backend.deterministic=true` tells what it costs."""
+    bench.measure(on({"deterministic": True}, few, ADAMW), steps=1, rounds=1)
+    assert seen and all(now == DETERMINISTIC for now in seen)
+
+
+@pytest.mark.parametrize("backend", [{}, ZERO_2, FSDP], ids=["ddp", "deepspeed-2", "fsdp"])
+def test_on_a_cpu_it_changes_no_bit_and_no_backend_needs_what_it_refuses(tmp_path: Path, few: Path, backend: dict[str, Any]) -> None:
+    ends = []
+    for deterministic in (False, True):
+        t = on(backend | {"deterministic": deterministic}, few, ADAMW)
+        result = finish(t, store := Store(tmp_path / str(deterministic)), 2)
+        ends.append((result["weights_sha256"], history(store.trial(t.study, t.trial_id))))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model", ["resnet50", "vit_s16", "convnext_tiny"])
+def test_on_a_gpu_two_runs_have_the_same_bits(model: str) -> None:
+    """Each network's step, in bf16, with mixup: nothing in it is refused, and ten steps give the same weights twice."""
+    t = trial(
+        data={"image_size": 64, "channels": 3, "mean": [0.5] * 3, "std": [0.2] * 3}, model=model,
+        recipe={"precision": "bf16", "mixup": 0.2}, backend={"deterministic": True, "channels_last": True},
+    )  # fmt: skip
+    images = torch.randint(0, 256, (100, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = set()
+    for _ in range(2):
+        with joined(45) as ranks, numerics.switched(t.backend):
+            worker = engine.build(t, ranks)
+            for step in range(10):
+                mix = order.mixing(t.seed, step, t.workload.recipe.mixup, t.workload.recipe.cutmix, 64)
+                worker.train_step(images, torch.arange(100) % 10, lr=1e-3, weight_decay=0.1, step=step, mix=mix)
+            found.add(checkpoint.weights_sha256(worker.evaluation_model().state_dict()))
+    assert len(found) == 1
