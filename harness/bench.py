@@ -86,7 +86,7 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
         rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
         seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for number in range(rounds + 1):
-            for kind in KINDS[number % 3 :] + KINDS[: number % 3]:  # each kind follows each
+            for turn, kind in enumerate(KINDS[number % 3 :] + KINDS[: number % 3], 1):  # each kind follows each
                 ranks.barrier()
                 marks = [_mark(ranks.device)]
                 for step in range(steps):
@@ -98,7 +98,7 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
                     seconds[kind] += [b - a for a, b in itertools.pairwise(ends)]
                 if not number:
                     waited = 0.0
-                progress(number * len(KINDS) + KINDS.index(kind) + 1, (rounds + 1) * len(KINDS))
+                progress(number * len(KINDS) + turn, (rounds + 1) * len(KINDS))
         cuda = ranks.device.type == "cuda"
         flops = speed.flops_an_image(ours.evaluation_model(), trial.workload.data) * len(images)
         return Measured(

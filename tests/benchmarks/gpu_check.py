@@ -3,8 +3,9 @@
 equivalence  the rows of `make equivalence` at as many ranks as there are GPUs, TF32 off, cudnn deterministic
 step         one step of each optimizer against torch's fused one, and against what a copy of memory reaches: 26M and 295M parameters
 training     ResNet-50 at 224 pixels on generated shards, all GPUs: `wrbench bench train`, and a resume in the middle
+tests        tests/gpu
 
-Without deepspeed its rows are refused. --device cpu does a small part of all three, to test the script itself.
+Without deepspeed its rows are refused. --device cpu does a small part of it, to test the script itself.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 NEEDED = {
     "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "pydantic": "pydantic", "yaml": "pyyaml", "rich": "rich",
     "PIL": "pillow", "fsspec": "fsspec", "webdataset": "webdataset", "braceexpand": "braceexpand", "mlxtend": "mlxtend",
-    "skimage": "scikit-image", "sklearn": "scikit-learn",
+    "skimage": "scikit-image", "sklearn": "scikit-learn", "pytest": "pytest",
 }  # fmt: skip
 """module -> package; simplejpeg, or this package's own decoder, makes the images come faster"""
-SECTIONS = ("equivalence", "step", "training")
+SECTIONS = ("equivalence", "step", "training", "tests")
 SMALL = r"^control reordered, AdamW n|^(ddp 0|deepspeed 2|fsdp 3), AdamW n|^fsdp 3 bf16 end to end, AdamW n"
 """the rows of --device cpu"""
 
@@ -61,7 +62,7 @@ def main() -> int:
     for section in arguments.only or SECTIONS:
         began = time.monotonic()
         found = {"equivalence": lambda: equivalence(arguments.device, pattern), "step": lambda: steps(arguments.device),
-                 "training": lambda: training(arguments.device)}[section]()  # fmt: skip
+                 "training": lambda: training(arguments.device), "tests": lambda: tests(arguments.device)}[section]()  # fmt: skip
         rows += found
         print(f"{section}: {time.monotonic() - began:.0f} s", flush=True)
     return publish("gpu-check", rows)
@@ -131,10 +132,18 @@ def training(device: str) -> Iterator[Row]:
         gpu_train.prepare(folder, device)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
         done = subprocess.run([sys.executable, *launcher, "-m", "tests.benchmarks.gpu_train", str(folder), device], check=False)
+        found = folder / gpu_train.FOUND
+        yield from (Row(**one) for one in (json.loads(found.read_text()) if found.exists() else []))
         if done.returncode:
             yield failed("ResNet-50", f"exit code {done.returncode}: see above")
-        else:
-            yield from (Row(**found) for found in json.loads((folder / gpu_train.FOUND).read_text()))
+
+
+def tests(device: str) -> Iterator[Row]:
+    from tests.report import row
+
+    if device == "cuda":
+        done = subprocess.run([sys.executable, "-m", "pytest", "tests/gpu", "-v"], check=False)
+        yield row("tests/gpu", float(done.returncode), 0.0, "exit code of pytest")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from harness.store import Store
 from harness.study import load, planned
 from harness.train import train
 from tests.equivalence.problem import distance
-from tests.report import Row, row
+from tests.report import Row, line, row
 
 STUDY, FOUND = "study.yaml", "found.json"
 SAMPLES = {"cuda": 2560, "cpu": 80}
@@ -49,7 +50,7 @@ def resnet50(folder: Path, device: str, world: int, *more: str) -> Trial:
     fixed = {
         "workload.data.path": folder / "shards", "workload.data.num_classes": CLASSES, "workload.data.image_size": size,
         "workload.data.resize": size * 8 // 7, "workload.data.train_samples": samples * 4 // 5, "workload.data.holdout_per_class": 0,
-        "workload.data.val_samples": samples // 5, "budget.global_batch_size": batch * world, "evaluation.train_eval_samples": 8,
+        "workload.data.val_samples": samples // 5, "budget.global_batch_size": batch * world, "evaluation.train_eval_samples": batch, "evaluation.batch_size": batch,
         "evaluation.log_every_steps": 5, "checkpoint.every_epochs": 10_000, "backend.timeout_seconds": 600,
     }  # fmt: skip
     fixed |= {"backend.compile": "true", "backend.channels_last": "true"} if cuda else {"workload.recipe.precision": "fp32"}
@@ -60,9 +61,10 @@ def resnet50(folder: Path, device: str, world: int, *more: str) -> Trial:
     return trial
 
 
-def speed(trial: Trial, device: str) -> list[Row]:
+def speed(folder: Path, device: str, world: int) -> Iterator[Row]:
     cuda = device == "cuda"
-    measured = bench.measure(trial, steps=60 if cuda else 2, rounds=3 if cuda else 1, progress=_told)
+    trial = resnet50(folder, device, world)
+    measured = bench.measure(trial, 60 if cuda else 2, 2 if cuda else 1, _told)
     rates, shown = measured.images_per_second, list(measured.lines())
     name = f"ResNet-50, {trial.workload.data.image_size} pixels, batch {trial.budget.global_batch_size}"
 
@@ -70,35 +72,43 @@ def speed(trial: Trial, device: str) -> list[Row]:
         return statistics.median(a / b for a, b in zip(rates[above], rates[below], strict=True))
 
     fed = ratio(SHARDS, BOUND)
-    return [
-        Row(f"{name}: on shards / on a batch at hand", fed, 0.97 if cuda else None, not cuda or fed >= 0.97, shown[0], exceeds=True),
-        row(f"{name}: time of our step / of a bare loop's", ratio(BARE, BOUND), 1.02 if cuda else None, shown[1]),
-        row(f"{name}: a bare loop's images/s", statistics.median(rates[BARE]), None, shown[2]),
-        row(f"{name}: TFLOP/s a rank", measured.flops_a_second / 1e12, None, shown[-1]),
+    yield Row(f"{name}: on shards / on a batch at hand", fed, 0.97 if cuda else None, not cuda or fed >= 0.97, shown[0], exceeds=True)
+    yield row(f"{name}: time of our step / of a bare loop's", ratio(BARE, BOUND), 1.02 if cuda else None, shown[1])
+    yield row(f"{name}: a bare loop's images/s", statistics.median(rates[BARE]), None, shown[2])
+    yield row(f"{name}: TFLOP/s a rank", measured.flops_a_second / 1e12, None, shown[-1])
+
+
+def deterministic(folder: Path, device: str, world: int) -> Iterator[Row]:
+    """Told to stop at its first logged step, and run again, against the same run undisturbed; and what it costs."""
+    cuda = device == "cuda"
+    steps = 40 if cuda else 10
+    same = ("backend.deterministic=true", "evaluation.val=false")
+    epochs = steps / (SAMPLES[device] * 4 // 5 // ((256 if cuda else 8) * world))
+    trial = resnet50(folder, device, world, *same, f"budget.epochs={epochs}")
+    whole, parted = Store(folder / "whole"), Store(folder / "parted")
+    undisturbed = train(trial, whole)
+    _told(1, 3)
+    stop = StopRequest()
+    stop.signal = "USR2"
+    stopped = train(trial, parted, stop=stop)
+    _told(2, 3)
+    again = train(trial, parted)
+    states = [stopped["state"], again["state"], again["attempts"]]
+    saved = [
+        checkpoint.at(store.trial(trial.study, trial.trial_id).checkpoints / f"step-{steps}-attempt-{attempt}").load("model.pt")
+        for store, attempt in ((whole, 1), (parted, 2))
     ]
+    far = distance(*[{name: value.numpy() for name, value in model.items() if value.is_floating_point()} for model in saved])
+    bits = "bit-equal" if undisturbed["weights_sha256"] == again["weights_sha256"] else "not bit-equal"
+    note = f"{bits}; stopped at step {stopped['step']} of {steps}"
+    yield row("ResNet-50, deterministic: stopped and resumed / undisturbed", far, 0.0, note, ok=states == ["interrupted", "finished", 2])
+    measured = bench.measure(resnet50(folder, device, world, *same), 30 if cuda else 2, 1, _told)
+    yield row("ResNet-50, deterministic: images/s", statistics.median(measured.images_per_second[BOUND]), None, list(measured.lines())[1])
 
 
 def _told(done: int, total: int) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"training: {done} of {total} rounds", file=sys.stderr, flush=True)
-
-
-def resumed(folder: Path, device: str, world: int) -> Row:
-    """Told to stop at its first logged step, and run again, against the same run undisturbed; deterministic kernels."""
-    steps, per_epoch = (40, SAMPLES["cuda"] * 4 // 5 // (256 * world)) if device == "cuda" else (10, SAMPLES["cpu"] * 4 // 5 // (8 * world))
-    trial = resnet50(folder, device, world, f"budget.epochs={steps / per_epoch}")
-    torch.backends.cudnn.deterministic = True
-    whole = train(trial, Store(folder / "whole"))
-    told = StopRequest()
-    told.signal = "USR2"
-    stopped = train(trial, parted := Store(folder / "parted"), stop=told)
-    again = train(trial, parted)
-    assert (stopped["state"], again["state"], again["attempts"]) == ("interrupted", "finished", 2), (stopped, again)
-    models = [checkpoint.at(store.trial(trial.study, trial.trial_id).checkpoints / f"step-{steps}-attempt-{attempt}").load("model.pt")
-              for store, attempt in ((Store(folder / "whole"), 1), (parted, 2))]  # fmt: skip
-    weights = [{name: value.numpy() for name, value in model.items() if value.is_floating_point()} for model in models]
-    note = f"{'bit-equal' if whole['weights_sha256'] == again['weights_sha256'] else 'not bit-equal'}, stopped at step {stopped['step']} of {steps}"
-    return row("ResNet-50: stopped, resumed, against undisturbed", distance(*weights), 0.0, note)
+        print(f"training: {done} of {total}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -106,10 +116,13 @@ def main() -> None:
     if device == "cpu":
         torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    found = speed(resnet50(folder, device, world), device)
-    found.append(resumed(folder, device, world))
-    if rank == 0:
-        (folder / FOUND).write_text(json.dumps([asdict(r) for r in found]))
+    found: list[Row] = []
+    for section in (speed, deterministic):
+        for one in section(folder, device, world):
+            found.append(one)
+            if rank == 0:
+                print(line(one), file=sys.stderr, flush=True)
+                (folder / FOUND).write_text(json.dumps([asdict(r) for r in found]))
 
 
 if __name__ == "__main__":

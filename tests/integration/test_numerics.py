@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from harness import bench, checkpoint, engine, journal, numerics
+from harness import bench, engine, journal, numerics
 from harness.config import Backend
-from harness.data import order
-from harness.dist import joined
 from harness.store import Store
 from harness.train import train
 from tests.integration.ranks import finish, history
 from tests.integration.test_backends import FSDP, ZERO_2, on
 from tests.integration.test_train import ADAMW, SGDW, small
-from tests.trials import trial
 
 Switches = dict[str, bool]
 
@@ -95,23 +92,3 @@ def test_on_a_cpu_it_changes_no_bit_and_no_backend_needs_what_it_refuses(tmp_pat
         result = finish(t, store := Store(tmp_path / str(deterministic)), 2)
         ends.append((result["weights_sha256"], history(store.trial(t.study, t.trial_id))))
     assert ends[0] == ends[1]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("model", ["resnet50", "vit_s16", "convnext_tiny"])
-def test_on_a_gpu_two_runs_have_the_same_bits(model: str) -> None:
-    """Each network's step, in bf16, with mixup: nothing in it is refused, and ten steps give the same weights twice."""
-    t = trial(
-        data={"image_size": 64, "channels": 3, "mean": [0.5] * 3, "std": [0.2] * 3}, model=model,
-        recipe={"precision": "bf16", "mixup": 0.2}, backend={"deterministic": True, "channels_last": True},
-    )  # fmt: skip
-    images = torch.randint(0, 256, (100, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = set()
-    for _ in range(2):
-        with joined(45) as ranks, numerics.switched(t.backend):
-            worker = engine.build(t, ranks)
-            for step in range(10):
-                mix = order.mixing(t.seed, step, t.workload.recipe.mixup, t.workload.recipe.cutmix, 64)
-                worker.train_step(images, torch.arange(100) % 10, lr=1e-3, weight_decay=0.1, step=step, mix=mix)
-            found.add(checkpoint.weights_sha256(worker.evaluation_model().state_dict()))
-    assert len(found) == 1

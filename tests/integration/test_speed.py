@@ -160,29 +160,3 @@ def test_a_compiled_model_is_counted_as_it_was_written() -> None:
 )
 def test_peaks_by_name(name: str, tera: float | None) -> None:
     assert speed.peak(name) == (tera and tera * 1e12)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_a_step_is_as_long_as_the_device_takes_and_the_host_does_not_wait() -> None:
-    """Steps of many products that the host only enqueues: events know how long they took, the host's clock does not."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    t = trial(model="mnist5k_mlp")
-    model, a = models.build(t.workload, 0).to(device).eval(), torch.randn(4096, 4096, device=device)
-    (a @ a).sum().item()
-    clock = Clock(t, Place(0, 0, 1, device), 0.0, 0.0)
-    for _ in range(20):
-        for _ in range(10):
-            a @ a
-        clock.step_done()
-    enqueued = clock.seconds()
-    torch.cuda.synchronize()
-    took = clock.seconds()
-    rate = clock.logged()["speed/images_per_second"]
-    with clock.stopped():
-        said = clock.evaluated(model)
-    assert enqueued < took / 2
-    assert said["speed/step_p50_seconds"] == pytest.approx(took / 20, rel=0.2)
-    assert rate == pytest.approx(20 * 100 / took, rel=0.05)
-    assert said["memory/peak_bytes"] >= 2 * a.nbytes
-    found = speed.peak(torch.cuda.get_device_name(device))
-    assert said.get("speed/peak_fraction") == (found and said["speed/tflop_per_second"] * 1e12 / found)
