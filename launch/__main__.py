@@ -307,12 +307,15 @@ def bench_train(
     overrides: SetOption = None,
 ) -> None:
     """How fast the first trial of a study trains here: on shards, on a batch at hand, and by a bare PyTorch loop, side by side."""
+    import torch
+
     from harness import bench as library
     from harness.data.index import checked
 
     loaded = _load(file, overrides)
     trial = next(p.trial for p in planned(loaded, {}) if p.trial is not None)
     checked(trial.workload.data, None)
+    torch.set_num_threads(1)  # a rank's default; more of them in each thread that reads would leave the loop no core
     print(f"{trial.workload.name}, {trial.arm}: {trial.workload.model.name}, batch {trial.budget.global_batch_size}, {trial.backend.name}")
     with bar("measuring", "rounds") as progress:
         measured = library.measure(trial, steps, rounds, progress)
