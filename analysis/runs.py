@@ -23,7 +23,7 @@ from harness.config import BadInput, Trial, dotted
 from harness.store import ENDED, Store, TrialFolder
 from harness.study import LoadedStudy, load, planned
 
-LOGGED_BY_STEP = ("train/", "schedule/", "time/", "data/", "speed/")
+LOGGED_BY_STEP = ("train/", "schedule/", "time/", "data/", "speed/images_per_second")
 """Metrics with a value every few steps; all others stand at evaluations only."""
 
 BASE = ("trial_id", "arm", "phase", "seed", "state", "planned", "config", "run_id", "attempts", "step", "total_steps", "last_error")

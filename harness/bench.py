@@ -100,7 +100,7 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
                     waited = 0.0
                 progress(number * len(KINDS) + turn, (rounds + 1) * len(KINDS))
         cuda = ranks.device.type == "cuda"
-        flops = speed.flops_an_image(ours.evaluation_model(), trial.workload.data) * len(images)
+        flops = speed.flops_an_image(ours.evaluation_model(), images.shape[1], images.shape[-1]) * len(images)
         return Measured(
             images_per_second=rates,
             step_seconds=seconds,

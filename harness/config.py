@@ -48,6 +48,8 @@ ModelName = Literal[
     "convnext_tiny", "vit_s16", "wrn_28_10", "shake_26_2x64d", "shake_26_2x96d",
 ]  # fmt: skip
 WITHOUT_BATCH_NORM = ("mnist5k_cnn", "mnist5k_mlp", "convnext_tiny", "vit_s16")
+LEAST_SIZE = {"convnext_tiny": 32}
+"""models that take no smaller images, pixels; all others take 8"""
 OF_ONE_SIZE = ("mnist5k_cnn", "mnist5k_mlp", "mnist5k_cnn_bn", "vit_s16")
 """models with weights for each place of an image: they take images of image_size and no others"""
 
@@ -126,7 +128,7 @@ class Data(Frozen):
         if self.eval_image_size is not None and self.resize is None:
             raise ValueError(
                 f"eval_image_size: {self.eval_image_size} needs resize, the shorter side of the images that it is cut out of; "
-                f"e.g. resize: {self.eval_image_size * 8 // 7}"
+                f"e.g. resize: {max(self.eval_image_size, self.image_size) * 8 // 7}"
             )
         for key, size in (("image_size", self.image_size), ("eval_image_size", self.evaluated_size)):
             if self.resize is not None and self.resize < size:
@@ -318,21 +320,30 @@ class Workload(Frozen):
         for key, value in (("recipe.resolution", ramp), ("data.eval_image_size", self.data.eval_image_size)):
             if value is not None and model in OF_ONE_SIZE:
                 raise ValueError(f"{key}: {model} takes images of one size, data.image_size, {size}; leave {key} out")
+        sizes = {
+            "data.image_size": size,
+            "data.eval_image_size": self.data.eval_image_size,
+            "recipe.resolution.start": ramp.start if ramp else None,
+        }
+        for key, value in sizes.items():
+            if value is not None and value < LEAST_SIZE.get(model, 8):
+                raise ValueError(f"{key}: {value} is too small for {model}; e.g. {LEAST_SIZE[model]}")
         if ramp is None:
             return self
         if self.recipe.crop is None:
             raise ValueError(
                 "recipe.resolution: needs crop, whose parts of images can be resized to any size; e.g. crop: {scale: [0.08, 1]}"
             )
-        if ramp.start >= size:
-            raise ValueError(
-                f"recipe.resolution.start: {ramp.start} must be below data.image_size, {size}, where it ends; "
-                f"e.g. {max(8, size - ramp.multiple)}"
-            )
         if ramp.start % ramp.multiple or size % ramp.multiple:
             raise ValueError(
                 f"recipe.resolution.multiple: {ramp.multiple} must divide start, {ramp.start}, and data.image_size, {size}; "
                 f"e.g. {math.gcd(ramp.start, size)}"
+            )
+        if ramp.start >= size:
+            smaller = size - ramp.multiple
+            raise ValueError(
+                f"recipe.resolution.start: {ramp.start} must be below data.image_size, {size}, where it ends; "
+                + (f"e.g. {smaller}" if smaller >= 8 else "leave resolution out")
             )
         return self
 

@@ -74,7 +74,7 @@ class Engine(ABC):
         self._model = models.build(trial.workload, trial.seed).to(ranks.device)
         self._gathered: nn.Module | None = None
         if trial.backend.compile:
-            self._model.compile()
+            self._model.compile(dynamic=False)  # a graph for each size of a schedule, the same ones after a resume
 
     def train_step(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,27 +20,27 @@ def switched(backend: Backend) -> Iterator[None]:
     time, and one that may sum in any order. With backend.deterministic nothing is tried, cudnn keeps to kernels that give the
     same bits every time, and torch raises RuntimeError, with its name, at an operation that has none.
     """
-    # Read once, at cuBLAS's first product, whichever trial that belongs to; 24 MiB more at most, and no slower.
+    # Read once, at cuBLAS's first product, whichever trial that belongs to, so it stays; 24 MiB more at most, and no slower.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
     try:
         cudnn.allow_tf32 = False  # torch's default rounds convolutions of fp32 to ten bits
         cudnn.benchmark, cudnn.deterministic = not backend.deterministic, backend.deterministic
-        with _deterministic() if backend.deterministic else nullcontext():
+        with _algorithms(backend.deterministic):
             yield
     finally:
         cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def _algorithms(deterministic: bool) -> Iterator[None]:
     settings: Any = torch.utils.deterministic
     fill, mode = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         settings.fill_uninitialized_memory = False  # NaN in every new tensor: it finds bugs, and costs a pass over each
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(deterministic)
         yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)

@@ -78,22 +78,36 @@ def _adamw(numbers, blocks, TYPE: tl.constexpr, BLOCK: tl.constexpr):  # type: i
     tl.store(weights, theta - decay * theta - lr * first / (root * shrink + eps), inside)
 
 
+def probe() -> None:
+    """Raises what keeps the kernels from running on this process's GPU: triton compiles them at their first use."""
+    columns = [[torch.zeros(1, device="cuda")] for _ in range(4)]
+    sgdw(columns[:3], 0.0, 0.0, 0.0)
+    adamw(columns, [torch.ones((), device="cuda")], 0.0, (0.0, 0.0), 1.0, 0.0)
+
+
 def can(columns: Columns) -> bool:
     """Whether weights, gradients and moments are of one type and, one by one, of one order in memory without gaps."""
     types = {t.dtype for column in columns for t in column}
-    return (
-        len(types) <= 1
-        and types <= TYPES.keys()
-        and all(len({_order(t) for t in row}) == 1 and _is_dense(row[0]) for row in zip(*columns, strict=True))
-    )
+    return len(types) <= 1 and types <= TYPES.keys() and all(map(_alike, *columns))
 
 
-def _order(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+def _alike(weight: Tensor, *others: Tensor) -> bool:
+    order = _order(weight.shape, weight.stride())
+    return order is not None and all(_order(t.shape, t.stride()) == order for t in others)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+@lru_cache(maxsize=4096)
+def _order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Dimensions of more than one element, from the innermost; None where there are gaps between elements, or overlaps."""
+    if 0 in shape:
+        return ()
+    order = sorted((d for d, size in enumerate(shape) if size > 1), key=lambda d: strides[d])
+    expected = 1
+    for dimension in order:
+        if strides[dimension] != expected:
+            return None
+        expected *= shape[dimension]
+    return tuple(order)
 
 
 def sgdw(columns: Columns, lr: float, momentum: float, weight_decay: float) -> None:
@@ -125,7 +139,9 @@ def _launch(kernel: Any, scalars: Sequence[float], columns: Columns, weights: Se
         kernel[(len(blocks),)](numbers.to(device, non_blocking=True), blocks, TYPES[weights[0].dtype], BLOCK)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _blocks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    rows = [(i, first, min(BLOCK, size - first)) for i, size in enumerate(sizes) for first in range(0, size, BLOCK)]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).to(device)
+    parts = [torch.arange(0, size, BLOCK) for size in sizes]
+    tensors = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor([len(part) for part in parts]))
+    first = torch.cat(parts)
+    return torch.stack([tensors, first, (torch.tensor(sizes)[tensors] - first).clamp(max=BLOCK)], dim=1).to(device)

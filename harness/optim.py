@@ -15,6 +15,7 @@ because sharded optimizers may call it once a group.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -50,10 +51,23 @@ def _decay_first(group: dict[str, Any]) -> None:
     group["weight_decay"] = 0.0
 
 
+def _kernels(weights: list[Tensor]) -> ModuleType | None:
+    """harness.one_pass, for weights on a GPU where its kernels run."""
+    return _one_pass() if weights and all(w.is_cuda for w in weights) else None
+
+
 @cache
-def _kernels() -> ModuleType | None:
-    """harness.one_pass, where there is triton."""
-    return importlib.import_module("harness.one_pass") if importlib.util.find_spec("triton") else None
+def _one_pass() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    kernels = importlib.import_module("harness.one_pass")
+    try:
+        kernels.probe()
+    except Exception as error:  # no compiler, no home to write to, a GPU that is too old: what triton then raises is anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"steps are torch's, in more passes over memory, since triton cannot make ours: {reason}", stacklevel=1)
+        return None
+    return kernels
 
 
 class SGDW(torch.optim.Optimizer):
@@ -71,10 +85,10 @@ class SGDW(torch.optim.Optimizer):
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
             columns = [moved, [p.grad for p in moved]] + ([[self._buffer(p) for p in moved]] if group["momentum"] else [])
-            on_cpu = all(p.is_cpu for p in moved)
-            if not on_cpu and group["momentum"] and (kernels := _kernels()) and kernels.can(columns):
+            if group["momentum"] and (kernels := _kernels(moved)) and kernels.can(columns):
                 kernels.sgdw(columns, group["lr"], group["momentum"], group["weight_decay"])
                 continue
+            on_cpu = all(p.is_cpu for p in moved)
             parts = ([[t] for t in row] for row in zip(*columns, strict=True)) if on_cpu else [columns]
             for parameters, gradients, *buffers in parts:
                 _decay(parameters, group["weight_decay"])
@@ -113,18 +127,21 @@ class AdamW(torch.optim.AdamW):
     def _in_one_pass(self) -> bool:
         """Takes the step, if harness.one_pass can, and says whether it did."""
         moved = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        if not all(p.is_cuda for part in moved for p in part):
+        kernels = _kernels([p for part in moved for p in part])
+        if kernels is None:
             return False
-        steps = [[self._state_of(p)["step"] for p in part] for part in moved]
+        states = [[self._state_of(p) for p in part] for part in moved]
         columns = [
-            [part, [p.grad for p in part], *([self.state[p][key] for p in part] for key in ("exp_avg", "exp_avg_sq"))] for part in moved
+            [part, [p.grad for p in part], [s["exp_avg"] for s in found], [s["exp_avg_sq"] for s in found]]
+            for part, found in zip(moved, states, strict=True)
         ]
-        kernels = _kernels()
-        if kernels is None or not all(kernels.can(column) for column in columns):
+        if not all(kernels.can(column) for column in columns):
             return False
-        for group, column, taken in zip(self.param_groups, columns, steps, strict=True):
-            torch._foreach_add_(taken, 1)
-            kernels.adamw(column, taken, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        for group, column, found in zip(self.param_groups, columns, states, strict=True):
+            if found:
+                steps = [s["step"] for s in found]
+                torch._foreach_add_(steps, 1)
+                kernels.adamw(column, steps, group["lr"], group["betas"], group["eps"], group["weight_decay"])
         return True
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:

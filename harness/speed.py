@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,20 +14,22 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.config import Data, Trial
+from harness.config import Trial
 from harness.dist import Ranks
 
 PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
-"""FLOP a second of a device's matrix units in bf16, dense, by a part of its name, the first that fits: NVIDIA's data sheets"""
+"""FLOP a second of a device's matrix units in bf16, dense, by words of its name, the first that fit: NVIDIA's data sheets"""
 
 
 def peak(device: str) -> float | None:
-    """FLOP a second of the device of that name; None where it is not known."""
-    return next((found for name, found in PEAKS.items() if name in device), None)
+    """FLOP a second of the device of that name; None where it is not known, and of a part of a device."""
+    if "MIG" in device:
+        return None
+    return next((found for name, found in PEAKS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
-def flops_an_image(model: nn.Module, data: Data) -> float:
-    """Multiplications and additions that an image of data.image_size costs in a training step: matrix products and convolutions.
+def flops_an_image(model: nn.Module, channels: int, size: int) -> float:
+    """Multiplications and additions that an image of size x size costs in a training step: matrix products and convolutions.
 
     Three times the forward pass, as is usual: the backward pass takes a product by the weights and one by the inputs for each of its
     products. Counted on the meta device, where only shapes are computed: nothing is drawn, and the model (harness.models.build's, in
@@ -36,7 +39,7 @@ def flops_an_image(model: nn.Module, data: Data) -> float:
     net = model.get_submodule("net")  # behind autocast, which the meta device does not have, and compilation
     state = {name: tensor.to("meta") for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers())}
     dtype = next(net.parameters()).dtype
-    image = torch.empty(1, data.channels, data.image_size, data.image_size, dtype=dtype, device="meta")
+    image = torch.empty(1, channels, size, size, dtype=dtype, device="meta")
     with FlopCounterMode(display=False) as counter:
         torch.func.functional_call(net, state, (image,))
     return 3 * float(counter.get_total_flops())
@@ -63,7 +66,10 @@ class Clock:
         """of steps, the first of the one before those that are not in `_steps` yet: seconds, or CUDA events"""
         self._steps: list[float] = []
         """seconds of each step since the last evaluation"""
-        self._flops: float | None = None
+        self._sizes: list[int] = []
+        """of the images of these steps, pixels"""
+        self._flops: dict[int, float] = {}
+        """of an image of that size"""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(ranks.device)
 
@@ -86,8 +92,9 @@ class Clock:
         self._origin += time.perf_counter() - start
         self._ends = [self._now()]
 
-    def step_done(self) -> None:
-        """To be called when all of a step is with the device."""
+    def step_done(self, size: int) -> None:
+        """To be called when all of a step is with the device; size: of its images, pixels."""
+        self._sizes.append(size)
         self._ends.append(self._now())
         self._unlogged += 1
 
@@ -102,16 +109,17 @@ class Clock:
     def evaluated(self, model: nn.Module) -> dict[str, float]:
         """Of the steps of this attempt since the last evaluation; `model` is the evaluated one. Collective.
 
-        Step times and TFLOP/s are this rank's, the latter at its mean step. peak_fraction is the share of the device's bf16 peak,
-        whatever the precision, where that is known. peak_bytes is what tensors took at most in this attempt, on the rank that took
-        most; there is none on a CPU, where a process's peak has the shards' pages in it.
+        Step times and TFLOP/s are this rank's, the latter over all of these steps. peak_fraction is the share of the device's bf16
+        peak, whatever the precision, where that is known. peak_bytes is what torch's allocator gave at most in this attempt, on the
+        rank where that is most; there is none on a CPU, where a process's peak has the shards' pages in it.
         """
-        if self._flops is None:
-            images = self._trial.budget.global_batch_size / self._ranks.world_size
-            self._flops = images * flops_an_image(model, self._trial.workload.data)
+        for size in set(self._sizes) - self._flops.keys():
+            self._flops[size] = flops_an_image(model, self._trial.workload.data.channels, size)
+        images = self._trial.budget.global_batch_size / self._ranks.world_size
         p50, p99 = np.quantile(self._steps, (0.5, 0.99))
-        rate = self._flops / float(np.mean(self._steps))
+        rate = images * sum(self._flops[size] for size in self._sizes) / sum(self._steps)
         self._steps.clear()
+        self._sizes.clear()
         out = {"speed/step_p50_seconds": float(p50), "speed/step_p99_seconds": float(p99), "speed/tflop_per_second": rate / 1e12}
         if self._cuda:
             if (limit := peak(torch.cuda.get_device_name(self._ranks.device))) is not None:

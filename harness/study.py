@@ -161,7 +161,12 @@ def _workload(study: Study, source: str) -> tuple[WorkloadFile, tuple[str, ...]]
 def _departures(base: WorkloadFile, workload: WorkloadFile) -> tuple[str, ...]:
     """DOTTED KEY: VALUE instead of VALUE, of all that a result hangs on."""
     before, now = (dict(dotted(w.model_dump(mode="json", include=REFERRED))) for w in (base, workload))
-    return tuple(f"{key}: {now.get(key)} instead of {before.get(key)}" for key in before | now if now.get(key) != before.get(key))
+
+    def written(value: Any) -> Any:
+        return "null" if value is None else value
+
+    changed = [key for key in before | now if now.get(key) != before.get(key)]
+    return tuple(f"{key}: {written(now.get(key))} instead of {written(before.get(key))}" for key in changed)
 
 
 def _absolute(path: Path) -> Path:

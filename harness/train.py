@@ -57,7 +57,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
                 worker.reset_moments()
             mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, images.shape[-1])
             result = worker.train_step(images, labels, lr=lr, weight_decay=weight_decay, step=step, mix=mix, measure=done in ends)
-            clock.step_done()
+            clock.step_done(images.shape[-1])
 
             stopping = False
             if done % trial.evaluation.log_every_steps == 0 or done in evaluated | saves:

@@ -461,12 +461,18 @@ def train_batches(
 
 
 def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
-    """The batches on the device, each copied on a stream of its own while the device still works on what came before."""
+    """The batches on the device, each copied on a stream of its own while the device still works on what came before.
+
+    On CUDA the host is at most two steps ahead, so that no more than three batches lie there.
+    """
     if device.type != "cuda":
         yield from batches
         return
     copies = torch.cuda.Stream(device)
+    steps: deque[torch.cuda.Event] = deque()
     for images, labels in batches:
+        if len(steps) == 3:
+            steps.popleft().synchronize()
         with torch.cuda.stream(copies):
             copied = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         now = torch.cuda.current_stream(device)
@@ -474,6 +480,8 @@ def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Ge
         for tensor in copied:  # its memory is of the other stream, which may not use it again before this one is done with it
             tensor.record_stream(now)
         yield copied
+        steps.append(torch.cuda.Event())
+        steps[-1].record()
 
 
 def eval_batches(view: View, rank: int, world_size: int, batch_size: int) -> Generator[Batch, None, None]:

@@ -56,9 +56,9 @@ def test_a_known_course_of_time(at: Time) -> None:
     with clock.waiting():
         at.sleep(0.5)
     at.sleep(0.5)
-    clock.step_done()
+    clock.step_done(28)
     at.sleep(2)
-    clock.step_done()
+    clock.step_done(28)
     assert clock.logged() == {"time/train_seconds": 43.0, "data/wait_fraction": 8.5 / 43, "speed/images_per_second": 200 / 3}
     with clock.stopped():
         at.sleep(100)
@@ -70,13 +70,29 @@ def test_a_known_course_of_time(at: Time) -> None:
     with clock.stopped():
         at.sleep(10)
     at.sleep(5)
-    clock.step_done()
+    clock.step_done(28)
     assert clock.logged()["speed/images_per_second"] == 100 / 5
     with clock.stopped():
         assert clock.evaluated(model) == {
             "speed/step_p50_seconds": 5.0, "speed/step_p99_seconds": 5.0, "speed/tflop_per_second": flops / 5 / 1e12,
         }  # fmt: skip
     assert clock.seconds() == 48.0
+
+
+def test_operations_are_of_the_images_that_a_step_had(at: Time) -> None:
+    """A convolution over four times the pixels is four times the work, but for the border; the last layer's stays."""
+    t = trial(model="resnet18", data={"image_size": 64, "channels": 3, "mean": [0.5] * 3, "std": [0.2] * 3})
+    model = models.build(t.workload, 0).eval()
+    found = {}
+    for sizes in ((32,), (64,), (32, 64, 64)):
+        clock = Clock(t, HERE, 0.0, 0.0)
+        for size in sizes:
+            at.sleep(1)
+            clock.step_done(size)
+        with clock.stopped():
+            found[sizes] = clock.evaluated(model)["speed/tflop_per_second"]
+    assert found[64,] / found[32,] == pytest.approx(4, rel=0.01)
+    assert found[32, 64, 64] == pytest.approx((found[32,] + 2 * found[64,]) / 3)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +106,7 @@ def test_operations_are_those_that_are_printed_and_the_model_stays_as_it_is(work
     described = parse(WorkloadFile, read_yaml(find("workload", workload)), workload)
     model = models.build(described, 0).eval()
     before, drawn = checkpoint.weights_sha256(model.state_dict()), torch.get_rng_state()
-    assert speed.flops_an_image(model, described.data) == pytest.approx(giga * 1e9, rel=0.02)
+    assert speed.flops_an_image(model, described.data.channels, described.data.image_size) == pytest.approx(giga * 1e9, rel=0.02)
     assert checkpoint.weights_sha256(model.state_dict()) == before
     assert torch.equal(torch.get_rng_state(), drawn)
     assert not model.training and all(p.device.type == "cpu" and p.grad is None for p in model.parameters())
@@ -141,7 +157,7 @@ def test_two_ranks_share_the_work(tmp_path: Path, few: Path) -> None:
         few, **ADAMW, budget={"epochs": 1, "global_batch_size": 100}, schedule={"name": "constant"}, evaluation={"log_every_steps": 7}
     )
     metrics = finish(t, Store(tmp_path), 2)["metrics"]
-    a_step = speed.flops_an_image(models.build(t.workload, 0).eval(), t.workload.data) * 50
+    a_step = speed.flops_an_image(models.build(t.workload, 0).eval(), 1, 28) * 50
     steps_a_second = metrics["speed/tflop_per_second"] * 1e12 / a_step
     assert steps_a_second == pytest.approx(metrics["speed/images_per_second"] / 100, rel=0.3)
 
@@ -149,14 +165,22 @@ def test_two_ranks_share_the_work(tmp_path: Path, few: Path) -> None:
 def test_a_compiled_model_is_counted_as_it_was_written() -> None:
     t = trial(model="mnist5k_cnn_bn")
     model = models.build(t.workload, 0).eval()
-    plain = speed.flops_an_image(model, t.workload.data)
+    plain = speed.flops_an_image(model, 1, 28)
     model.compile()
-    assert speed.flops_an_image(model, t.workload.data) == plain > 1e6
+    assert speed.flops_an_image(model, 1, 28) == plain > 1e6
 
 
 @pytest.mark.parametrize(
     ("name", "tera"),
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H200", 989), ("Tesla T4", None)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H200", 989),
+        ("Tesla T4", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
 )
 def test_peaks_by_name(name: str, tera: float | None) -> None:
     assert speed.peak(name) == (tera and tera * 1e12)

@@ -73,7 +73,7 @@ def test_a_schedule_of_resolutions_beside_restarts_is_told() -> None:
     told = [line for line in study.warnings(study.load(path, FFCV)) if line.startswith("workload.recipe.resolution")]
     restarted = "SGDR, SGDWR, AdamR, AdamWR, AdamWR-defaults, AdamWR-eps, AdamWR-reset"
     assert told == [f"workload.recipe.resolution: blurs what the restarts of {restarted} do; leave it out of a comparison"]
-    assert any("data.eval_image_size: 256 instead of None" in line for line in study.warnings(study.load(path, FFCV))), "a departure too"
+    assert any("data.eval_image_size: 256 instead of null" in line for line in study.warnings(study.load(path, FFCV))), "a departure too"
     assert not [line for line in study.warnings(study.load(path)) if "resolution" in line]
     single = study.load("configs/study/paper_figure2.yaml", [
         "workload={name: imagenet_resnet50}", "workload.recipe.resolution={start: 192, epochs: [0, 1]}", "ranks=null",

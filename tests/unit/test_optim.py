@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,3 +144,70 @@ def test_large_tensors_are_updated_whole_whatever_their_memory_order(order: torc
         optim.write(built, *optim.hyperparameters(t.optimizer, t.decay, eta, 0.1))
         built.step()
     assert np.abs(parameter.detach().numpy() - theta["w"]).max() < 1e-14
+
+
+class Kernels:
+    """Stands for harness.one_pass, which needs a GPU: its two steps in plain torch."""
+
+    def __init__(self, can: bool = True) -> None:
+        self.possible, self.calls = can, 0
+
+    def can(self, columns: list[list[torch.Tensor]]) -> bool:
+        return self.possible
+
+    def sgdw(self, columns: list[list[torch.Tensor]], lr: float, momentum: float, weight_decay: float) -> None:
+        self.calls += 1
+        for theta, gradient, buffer in zip(*columns, strict=True):
+            buffer.mul_(momentum).add_(gradient)
+            theta.sub_(weight_decay * theta + lr * buffer)
+
+    def adamw(
+        self, columns: list[list[torch.Tensor]], steps: list[torch.Tensor], lr: float, betas: tuple[float, float], eps: float,
+        weight_decay: float,
+    ) -> None:  # fmt: skip
+        self.calls += 1
+        for theta, gradient, first, second, step in zip(*columns, steps, strict=True):
+            first.lerp_(gradient, 1 - betas[0])
+            second.lerp_(gradient.square(), 1 - betas[1])
+            hats = [moment / (1 - beta ** float(step)) for moment, beta in zip((first, second), betas, strict=True)]
+            theta.sub_(weight_decay * theta + lr * hats[0] / (hats[1].sqrt() + eps))
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"name": "sgd", "lr": 0.1}, {"name": "adam", "lr": 0.1}, {"name": "sgd", "lr": 0.1, "momentum": 0.0}]
+)
+@pytest.mark.parametrize("possible", [True, False], ids=["one-pass", "torch"])
+def test_a_step_in_one_pass_is_the_step(monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any], possible: bool) -> None:
+    """Also where a group, or a parameter, has no gradient, and where the way changes from one step to the next."""
+    t = trial(optimizer=optimizer, decay={"name": "decoupled", "weight_decay": 0.1, "exempt_1d": True})
+    torch.manual_seed(0)
+    start = [torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64), torch.randn(3, dtype=torch.float64)]
+    ends = []
+    for kernels in (None, Kernels(possible)):
+        monkeypatch.setattr(optim, "_kernels", lambda weights, kernels=kernels: kernels if weights else None)
+        parameters = [(str(i), nn.Parameter(w.clone())) for i, w in enumerate(start)]
+        built = optim.build(parameters, t.optimizer, t.decay)
+        for step, without in enumerate(((), (2,), (0, 1), (0, 1, 2), (1,), ())):
+            optim.write(built, 0.05 * step, 0.01)  # the first at lr 0
+            for i, (_, p) in enumerate(parameters):
+                p.grad = None if i in without else torch.full_like(p, 0.3 * (i + 1) * (-1) ** step)
+            if kernels is not None and step == 4:
+                monkeypatch.setattr(optim, "_kernels", lambda weights: None)
+            built.step()
+        ends.append([p.detach() for _, p in parameters])
+        if kernels is not None:
+            assert bool(kernels.calls) == (possible and optimizer.get("momentum", 1) > 0)
+    for ours, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+
+
+def test_where_triton_cannot_make_them_steps_are_torchs_and_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe() -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify")
+
+    there = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True), import_module=lambda name: SimpleNamespace(probe=probe))
+    monkeypatch.setattr(optim, "importlib", there)
+    optim._one_pass.cache_clear()
+    with pytest.warns(UserWarning, match=r"^steps are torch's, .* since triton cannot make ours: Failed to find C compiler\.$"):
+        assert optim._one_pass() is None
+    optim._one_pass.cache_clear()
