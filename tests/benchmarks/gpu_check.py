@@ -135,7 +135,7 @@ def training(device: str) -> Iterator[Row]:
         found = folder / gpu_train.FOUND
         yield from (Row(**one) for one in (json.loads(found.read_text()) if found.exists() else []))
         if done.returncode:
-            yield failed("ResNet-50", f"exit code {done.returncode}: see above")
+            yield failed("training", f"exit code {done.returncode}: see above")
 
 
 def tests(device: str) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node N -m tests.benchmarks.gpu_train FOLDER cuda
 
-On a CPU a small part, to test the script itself. Rank 0 writes FOLDER/found.json: a list of rows.
+On a CPU a small part with a ResNet-18, to test the script itself. Rank 0 writes FOLDER/found.json: a list of rows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def prepare(folder: Path, device: str) -> None:
     )
 
 
-def resnet50(folder: Path, device: str, world: int, *more: str) -> Trial:
+def trial_of(folder: Path, device: str, world: int, *more: str) -> Trial:
     """imagenet_resnet50 as configs/ has it, SGDW, on these photographs: 256 images of 224 pixels a GPU, compiled, channels last."""
     cuda, samples = device == "cuda", SAMPLES[device]
     batch, size = (256, 224) if cuda else (8, 32)
@@ -53,8 +53,11 @@ def resnet50(folder: Path, device: str, world: int, *more: str) -> Trial:
         "workload.data.val_samples": samples // 5, "budget.global_batch_size": batch * world, "evaluation.train_eval_samples": batch, "evaluation.batch_size": batch,
         "evaluation.log_every_steps": 5, "checkpoint.every_epochs": 10_000, "backend.timeout_seconds": 600,
     }  # fmt: skip
-    fixed |= {"backend.compile": "true", "backend.channels_last": "true"} if cuda else {"workload.recipe.precision": "fp32"}
-    fixed |= {} if cuda else {"workload.recipe.norm_batch_size": "null"}
+    fixed |= (
+        {"backend.compile": "true", "backend.channels_last": "true"}
+        if cuda
+        else {"workload.model.name": "resnet18", "workload.recipe.precision": "fp32", "workload.recipe.norm_batch_size": "null"}
+    )
     loaded = load(folder / STUDY, [*(f"{key}={value}" for key, value in fixed.items()), *more])
     (trial,) = (p.trial for p in planned(loaded, {}))
     assert trial is not None
@@ -63,10 +66,10 @@ def resnet50(folder: Path, device: str, world: int, *more: str) -> Trial:
 
 def speed(folder: Path, device: str, world: int) -> Iterator[Row]:
     cuda = device == "cuda"
-    trial = resnet50(folder, device, world)
+    trial = trial_of(folder, device, world)
     measured = bench.measure(trial, 60 if cuda else 2, 2 if cuda else 1, _told)
     rates, shown = measured.images_per_second, list(measured.lines())
-    name = f"ResNet-50, {trial.workload.data.image_size} pixels, batch {trial.budget.global_batch_size}"
+    name = f"{trial.workload.model.name}, {trial.workload.data.image_size} pixels, batch {trial.budget.global_batch_size}"
 
     def ratio(above: str, below: str) -> float:
         return statistics.median(a / b for a, b in zip(rates[above], rates[below], strict=True))
@@ -84,7 +87,7 @@ def deterministic(folder: Path, device: str, world: int) -> Iterator[Row]:
     steps = 40 if cuda else 10
     same = ("backend.deterministic=true", "evaluation.val=false")
     epochs = steps / (SAMPLES[device] * 4 // 5 // ((256 if cuda else 8) * world))
-    trial = resnet50(folder, device, world, *same, f"budget.epochs={epochs}")
+    trial = trial_of(folder, device, world, *same, f"budget.epochs={epochs}")
     whole, parted = Store(folder / "whole"), Store(folder / "parted")
     undisturbed = train(trial, whole)
     _told(1, 3)
@@ -101,9 +104,9 @@ def deterministic(folder: Path, device: str, world: int) -> Iterator[Row]:
     far = distance(*[{name: value.numpy() for name, value in model.items() if value.is_floating_point()} for model in saved])
     bits = "bit-equal" if undisturbed["weights_sha256"] == again["weights_sha256"] else "not bit-equal"
     note = f"{bits}; stopped at step {stopped['step']} of {steps}"
-    yield row("ResNet-50, deterministic: stopped and resumed / undisturbed", far, 0.0, note, ok=states == ["interrupted", "finished", 2])
-    measured = bench.measure(resnet50(folder, device, world, *same), 30 if cuda else 2, 1, _told)
-    yield row("ResNet-50, deterministic: images/s", statistics.median(measured.images_per_second[BOUND]), None, list(measured.lines())[1])
+    yield row("deterministic: stopped and resumed / undisturbed", far, 0.0, note, ok=states == ["interrupted", "finished", 2])
+    measured = bench.measure(trial_of(folder, device, world, *same), 30 if cuda else 2, 1, _told)
+    yield row("deterministic: images/s", statistics.median(measured.images_per_second[BOUND]), None, list(measured.lines())[1])
 
 
 def _told(done: int, total: int) -> None:
