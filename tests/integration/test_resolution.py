@@ -37,7 +37,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
 
     class Tiny(nn.Sequential):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            passes.append((self.training, len(images), images.shape[-1]))
+            if images.device.type != "meta":  # where the clock counts operations
+                passes.append((self.training, len(images), images.shape[-1]))
             logits: torch.Tensor = super().forward(images)
             return logits
 
