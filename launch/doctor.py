@@ -36,6 +36,7 @@ if torch.cuda.is_available():
 print(json.dumps(found))
 """
 _TORCHVISION = "from harness.vision import torchvision; import json; print(json.dumps({'version': torchvision().__version__}))"
+_KERNELS = "from harness import one_pass; one_pass.probe(); import json, triton; print(json.dumps({'version': triton.__version__}))"
 _DEEPSPEED = "import deepspeed, json; print(json.dumps({'version': deepspeed.__version__}))"
 
 
@@ -107,11 +108,20 @@ def _torch() -> Iterator[Finding]:
     gpus, driver = found["gpus"], _gpus_of_the_driver()
     if isinstance(gpus, list) and gpus:
         yield Finding("GPUs", True, f"{len(gpus)}: {', '.join(dict.fromkeys(map(str, gpus)))}")
+        yield _kernels()
     elif driver:
         fix = "install a CUDA build of torch and its torchvision"
         yield Finding("GPUs", False, f"{driver} in the machine, but this build of torch cannot use them", fix)
     else:
         yield Finding("GPUs", False, f"none: trials train on the CPU ({os.cpu_count()} cores) over gloo")
+
+
+def _kernels() -> Finding:
+    found, complaint = _probe(_KERNELS)
+    if found is None:
+        fix = "install a C compiler, and let TRITON_CACHE_DIR be a folder that can be written"
+        return Finding("triton", False, f"steps are torch's, in more passes over memory than harness.one_pass: {complaint}", fix)
+    return Finding("triton", True, f"{found['version']}: makes the kernels of harness.one_pass")
 
 
 def _gpus_of_the_driver() -> int:
