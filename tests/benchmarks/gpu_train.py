@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node N -m tests.benchmarks.gpu_train FOLDER cuda
 
-On a CPU a small part with a ResNet-18, to test the script itself. Rank 0 writes FOLDER/found.json: a list of rows.
+On a CPU a small part, to test the script itself. Rank 0 writes FOLDER/found.json: a list of rows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def trial_of(folder: Path, device: str, world: int, *more: str) -> Trial:
     fixed |= (
         {"backend.compile": "true", "backend.channels_last": "true"}
         if cuda
-        else {"workload.model.name": "resnet18", "workload.recipe.precision": "fp32", "workload.recipe.norm_batch_size": "null"}
+        else {"workload.recipe.precision": "fp32", "workload.recipe.norm_batch_size": "null"}
     )
     loaded = load(folder / STUDY, [*(f"{key}={value}" for key, value in fixed.items()), *more])
     (trial,) = (p.trial for p in planned(loaded, {}))
