@@ -23,25 +23,17 @@ def switched(backend: Backend) -> Iterator[None]:
     # Read once, at cuBLAS's first product, whichever trial that belongs to, so it stays; 24 MiB more at most, and no slower.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     cudnn = torch.backends.cudnn
+    settings: Any = torch.utils.deterministic
     before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    mode, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = settings.fill_uninitialized_memory
     try:
         cudnn.allow_tf32 = False  # torch's default rounds convolutions of fp32 to ten bits
         cudnn.benchmark, cudnn.deterministic = not backend.deterministic, backend.deterministic
-        with _algorithms(backend.deterministic):
-            yield
-    finally:
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
-
-
-@contextmanager
-def _algorithms(deterministic: bool) -> Iterator[None]:
-    settings: Any = torch.utils.deterministic
-    fill, mode = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
-        settings.fill_uninitialized_memory = False  # NaN in every new tensor: it finds bugs, and costs a pass over each
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(backend.deterministic)
+        settings.fill_uninitialized_memory = False  # NaN in every new tensor: finds bugs, and costs a pass over each
         yield
     finally:
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
         settings.fill_uninitialized_memory = fill

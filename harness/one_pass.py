@@ -112,7 +112,7 @@ def _order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] 
 
 def sgdw(columns: Columns, lr: float, momentum: float, weight_decay: float) -> None:
     """buf <- momentum*buf + g;  theta <- theta - weight_decay*theta - lr*buf, of columns theta, g and buf, in place."""
-    _launch(_sgdw, [lr, momentum, weight_decay], columns, columns[0])
+    _launch(_sgdw, [lr, momentum, weight_decay], columns)
 
 
 def adamw(columns: Columns, steps: Sequence[Tensor], lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -122,21 +122,20 @@ def adamw(columns: Columns, steps: Sequence[Tensor], lr: float, betas: tuple[flo
     """
     beta1, beta2 = betas
     logs = [math.log(beta) if beta else -math.inf for beta in betas]
-    _launch(_adamw, [lr, 1 - beta1, 1 - beta2, eps, weight_decay, *logs], [*columns, steps], columns[0])
+    _launch(_adamw, [lr, 1 - beta1, 1 - beta2, eps, weight_decay, *logs], [*columns, steps])
 
 
-def _launch(kernel: Any, scalars: Sequence[float], columns: Columns, weights: Sequence[Tensor]) -> None:
+def _launch(kernel: Any, scalars: Sequence[float], columns: Columns) -> None:
+    weights = columns[0]
     if not any(w.numel() for w in weights):
         return
     device = weights[0].device
     blocks = _blocks(tuple(w.numel() for w in weights), device)
     bits = torch.tensor(scalars, dtype=torch.float64).view(torch.int64)
     addresses = torch.tensor([t.data_ptr() for row in zip(*columns, strict=True) for t in row], dtype=torch.int64)
-    numbers = torch.cat([bits, addresses])
-    if device.type == "cuda":
-        numbers = numbers.pin_memory()
+    numbers = torch.cat([bits, addresses]).pin_memory().to(device, non_blocking=True)
     with torch.cuda.device(device):
-        kernel[(len(blocks),)](numbers.to(device, non_blocking=True), blocks, TYPES[weights[0].dtype], BLOCK)
+        kernel[(len(blocks),)](numbers, blocks, TYPES[weights[0].dtype], BLOCK)
 
 
 @lru_cache(maxsize=64)

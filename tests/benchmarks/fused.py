@@ -143,11 +143,7 @@ def exact(case: str, device: torch.device) -> Row:
             eta, _, lam = schedule(t, step)
             optim.write(optimizer, *optim.hyperparameters(t.optimizer, t.decay, eta, lam))
             for _, p in parameters:
-                p.grad = (
-                    torch.randn(p.shape)
-                    .to(where, dtype)
-                    .contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
-                )
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape))
             optimizer.step()
         sides.append({name: p.detach().cpu().double().numpy() for name, p in parameters})
     ours, control = sides

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,12 +59,11 @@ def main() -> int:
     from tests.report import publish
 
     pattern = arguments.k or ("" if cuda else SMALL)
+    sections = {"equivalence": partial(equivalence, pattern=pattern), "step": steps, "training": training, "tests": tests}
     rows: list[Row] = []
     for section in arguments.only or SECTIONS:
         began = time.monotonic()
-        found = {"equivalence": lambda: equivalence(arguments.device, pattern), "step": lambda: steps(arguments.device),
-                 "training": lambda: training(arguments.device), "tests": lambda: tests(arguments.device)}[section]()  # fmt: skip
-        rows += found
+        rows += sections[section](arguments.device)
         print(f"{section}: {time.monotonic() - began:.0f} s", flush=True)
     return publish("gpu-check", rows)
 

@@ -21,6 +21,7 @@ from harness import bench, checkpoint
 from harness.config import Trial
 from harness.data.build import build
 from harness.data.fixture import CLASSES
+from harness.schedule import steps_per_epoch
 from harness.stopping import StopRequest
 from harness.store import Store
 from harness.study import load, planned
@@ -50,8 +51,8 @@ def trial_of(folder: Path, device: str, world: int, *more: str) -> Trial:
     fixed = {
         "workload.data.path": folder / "shards", "workload.data.num_classes": CLASSES, "workload.data.image_size": size,
         "workload.data.resize": size * 8 // 7, "workload.data.train_samples": samples * 4 // 5, "workload.data.holdout_per_class": 0,
-        "workload.data.val_samples": samples // 5, "budget.global_batch_size": batch * world, "evaluation.train_eval_samples": batch, "evaluation.batch_size": batch,
-        "evaluation.log_every_steps": 5, "checkpoint.every_epochs": 10_000, "backend.timeout_seconds": 600,
+        "workload.data.val_samples": samples // 5, "budget.global_batch_size": batch * world,
+        "evaluation.train_eval_samples": batch, "evaluation.batch_size": batch, "evaluation.log_every_steps": 5, "checkpoint.every_epochs": 10_000, "backend.timeout_seconds": 600,
     }  # fmt: skip
     fixed |= (
         {"backend.compile": "true", "backend.channels_last": "true"}
@@ -86,7 +87,7 @@ def deterministic(folder: Path, device: str, world: int) -> Iterator[Row]:
     cuda = device == "cuda"
     steps = 40 if cuda else 10
     same = ("backend.deterministic=true", "evaluation.val=false")
-    epochs = steps / (SAMPLES[device] * 4 // 5 // ((256 if cuda else 8) * world))
+    epochs = steps / steps_per_epoch(trial_of(folder, device, world))
     trial = trial_of(folder, device, world, *same, f"budget.epochs={epochs}")
     whole, parted = Store(folder / "whole"), Store(folder / "parted")
     undisturbed = train(trial, whole)

@@ -67,6 +67,8 @@ def test_they_are_those_of_the_trial_and_then_as_before(tmp_path: Path, few: Pat
         seen.clear()
     with pytest.raises(ValueError, match="in the middle"), numerics.switched(Backend(deterministic=True)):
         assert switches() == DETERMINISTIC
+        with numerics.switched(Backend()):
+            assert switches() | FAST == switches(), "those of the inner one"
         raise ValueError("in the middle")
     assert switches() == before
 

@@ -15,6 +15,7 @@ import yaml
 
 from harness.store import Store
 from harness.study import planned
+from launch import doctor
 from tests.synthetic import STUDY, write_study, write_trial
 from tests.trials import trial
 from tests.unit.conftest import Command
@@ -224,3 +225,13 @@ sys.exit(status)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: TRIAL: 'x'")
+
+
+def test_the_doctor_says_whether_triton_makes_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU, which this one need not be."""
+    answers = {doctor._TORCH: ({"version": "2.11.0", "build": "CUDA 13.0", "gpus": ["H100"]}, "")}
+    for found, complaint, ok in (({"version": "3.6.0"}, "", True), (None, "Failed to find C compiler.", False)):
+        monkeypatch.setattr(doctor, "_probe", (answers | {doctor._KERNELS: (found, complaint)}).get)
+        finding = list(doctor._torch())[-1]
+        assert (finding.name, finding.ok, complaint in finding.text) == ("triton", ok, True)
+        assert bool(finding.fix) is not ok

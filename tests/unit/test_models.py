@@ -9,7 +9,9 @@ from torch import nn
 
 from harness import config, models, networks
 from harness.config import BadInput
+from harness.dist import Ranks
 from harness.draws import ShakeShake, StochasticDepth
+from harness.evaluate import evaluate
 from harness.norm import BatchNorm
 from tests.trials import DATA, trial
 
@@ -152,3 +154,15 @@ def test_which_networks_take_images_of_any_size(name: str) -> None:
 def test_patches_must_fit() -> None:
     with pytest.raises(BadInput, match=r"test: workload.data.image_size: 28 is no multiple of vit_s16's patches of 16 pixels; e.g. 32"):
         trial(model="vit_s16")
+
+
+def test_evaluation_goes_past_compilation() -> None:
+    """Batches of any size would each be compiled anew."""
+
+    def refuses(*_: object) -> None:
+        raise AssertionError("compiled")
+
+    model = models.build(trial(model="mnist5k_mlp").workload, 0).eval()
+    model.compile(backend=refuses)
+    batch = torch.zeros(3, 1, 28, 28, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
+    assert len(evaluate(model, [batch], 3, Ranks(0, 0, 1, torch.device("cpu"))).correct) == 3
