@@ -26,14 +26,17 @@ def switched(backend: Backend) -> Iterator[None]:
     settings: Any = torch.utils.deterministic
     before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
     mode, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    changes = mode != backend.deterministic or warn_only  # the call imports torch's compiler, which takes seconds
     fill = settings.fill_uninitialized_memory
     try:
         cudnn.allow_tf32 = False  # torch's default rounds convolutions of fp32 to ten bits
         cudnn.benchmark, cudnn.deterministic = not backend.deterministic, backend.deterministic
-        torch.use_deterministic_algorithms(backend.deterministic)
+        if changes:
+            torch.use_deterministic_algorithms(backend.deterministic)
         settings.fill_uninitialized_memory = False  # NaN in every new tensor: finds bugs, and costs a pass over each
         yield
     finally:
         cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
-        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+        if changes:
+            torch.use_deterministic_algorithms(mode, warn_only=warn_only)
         settings.fill_uninitialized_memory = fill

@@ -32,16 +32,14 @@ def flops_an_image(model: nn.Module, channels: int, size: int) -> float:
     """Multiplications and additions that an image of size x size costs in a training step: matrix products and convolutions.
 
     Three times the forward pass, as is usual: the backward pass takes a product by the weights and one by the inputs for each of its
-    products. Counted on the meta device, where only shapes are computed: nothing is drawn, and the model (harness.models.build's, in
-    evaluation mode) is left as it is. torch's own count of the backward pass is wrong for grouped convolutions: ConvNeXt-T has 77
-    GFLOP by it, and not 27.
+    products. Counted in a pass of one black image; the model (harness.models.build's, in evaluation mode) is left as it is. Not on
+    torch's meta device, which costs no pass but imports its compiler. torch's own count of the backward pass is wrong for grouped
+    convolutions: ConvNeXt-T has 77 GFLOP by it, and not 27.
     """
-    net = model.get_submodule("net")  # behind autocast, which the meta device does not have, and compilation
-    state = {name: tensor.to("meta") for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers())}
-    dtype = next(net.parameters()).dtype
-    image = torch.empty(1, channels, size, size, dtype=dtype, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(net, state, (image,))
+    net = model.get_submodule("net")  # behind autocast and compilation
+    weight = next(net.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, channels, size, size, dtype=weight.dtype, device=weight.device))
     return 3 * float(counter.get_total_flops())
 
 

@@ -6,7 +6,7 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
-from harness import checkpoint, engine, numerics, optim
+from harness import checkpoint, eager, engine, numerics, optim
 from harness.attempt import Attempt, Progress
 from harness.config import Trial
 from harness.data import loader, order
@@ -32,6 +32,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
     with (
         joined(trial.backend.timeout_seconds) as ranks,
         numerics.switched(trial.backend),
+        eager.without_compiler(trial.backend.compile),
         nullcontext(stop) if stop else StopRequest() as stop,
         Attempt(trial, folder, ranks, takes_over) as attempt,
     ):
