@@ -18,7 +18,7 @@ from harness.store import Store, TrialFolder
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["harness.train", "deepspeed"])  # imported once: a rank starts in a tenth of a second
+_server.set_forkserver_preload(["torch._dynamo", "harness.train", "deepspeed"])  # imported once: a rank starts in a tenth of a second
 
 
 SUPERSEDED = 4
