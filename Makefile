@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt harness/data/_jpeg.c
+.venv/.installed: pyproject.toml constraints.txt harness/data/_jpeg.c harness/data/_huffman.h
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is too old, wrbench needs Python 3.11 or later; e.g. make PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \

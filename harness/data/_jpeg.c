@@ -18,6 +18,8 @@
 #error "jpeg_crop_scanline is libjpeg-turbo's"
 #endif
 
+#include "_huffman.h"
+
 #define MARGIN 16
 
 typedef struct {
@@ -77,6 +79,7 @@ typedef struct {
 static int decode_box(const Py_buffer *bytes, unsigned char *out, int channels, Box box, Errors *errors, unsigned char *volatile *row)
 {
     struct jpeg_decompress_struct jpeg;
+    static _Thread_local Scan scan; /* zeros at first; its tables stay */
     memset(&jpeg, 0, sizeof jpeg);
     open_errors(errors, &jpeg);
     if (setjmp(errors->leave)) {
@@ -103,6 +106,7 @@ static int decode_box(const Py_buffer *bytes, unsigned char *out, int channels, 
     JDIMENSION columns = end - first;
     if (columns < jpeg.output_width)
         jpeg_crop_scanline(&jpeg, &first, &columns); /* widens both to whole blocks */
+    int ours = take_over(&jpeg, &scan, first, columns);
     *row = malloc((size_t)jpeg.output_width * channels);
     if (*row == NULL)
         ERREXIT1(&jpeg, JERR_OUT_OF_MEMORY, 0);
@@ -116,8 +120,11 @@ static int decode_box(const Py_buffer *bytes, unsigned char *out, int channels, 
             memcpy(out + (size_t)(at - box.top) * box.width * channels, *row + (size_t)(box.left - first) * channels,
                    (size_t)box.width * channels);
     }
-    if (jpeg.output_scanline == jpeg.output_height)
+    if (jpeg.output_scanline == jpeg.output_height) {
+        if (ours)
+            hand_back(&jpeg, &scan);
         jpeg_finish_decompress(&jpeg); /* a missing end is a fault of a whole image only */
+    }
     jpeg_destroy_decompress(&jpeg);
     return 0;
 }

@@ -62,12 +62,13 @@ def measure(path: Path, image_size: int = 224, seconds: float = 10.0, threads: i
     augment = loader.Augment(RECIPE, 0, 0, len(dataset.train))
     spent, stop = np.zeros(3), time.perf_counter() + seconds / 2
     done = 0
-    for position in positions[:STAGED].tolist():
+    words = order.crop_words(0, 0, positions[:STAGED])
+    for position, drawn in zip(positions[:STAGED].tolist(), words, strict=True):
         number = int(dataset.train.numbers[position])
         times = [time.perf_counter()]
         content = reader.content(number)
         times.append(time.perf_counter())
-        pixels = reader.pixels(number, content, augment.choose(position) or decode.whole)
+        pixels = reader.pixels(number, content, augment.choose(drawn))
         times.append(time.perf_counter())
         resize(pixels, out)
         times.append(time.perf_counter())

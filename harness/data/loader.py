@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
@@ -35,6 +36,7 @@ from harness.vision import torchvision
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """images, uint8 (n, channels, height, width), and labels, int64 (n,); in pinned memory where there is CUDA"""
+Words = npt.NDArray[np.uint64]
 Choose = Callable[[int, int], Box]
 """(height, width) of an image -> the box of it that is seen"""
 
@@ -323,7 +325,7 @@ class View:
         if not self.threads:
             for request in requests:
                 batch = self.empty(request, pinned)
-                self.fill(request.positions, *batch, request.augment)
+                self.fill(request.positions, *batch, request.augment, request.crop_words())
                 yield batch
             return
         threads = ThreadPoolExecutor(self.threads)
@@ -334,7 +336,13 @@ class View:
                 images, labels = self.empty(request, pinned)
                 step = max(1, min(PART, n // (2 * self.threads)))
                 parts = [slice(start, start + step) for start in range(0, n, step)]
-                run = [threads.submit(self.fill, request.positions[p], images[p], labels[p], request.augment) for p in parts]
+                words = request.crop_words()
+                run = [
+                    threads.submit(
+                        self.fill, request.positions[p], images[p], labels[p], request.augment, words[p] if words is not None else None
+                    )
+                    for p in parts
+                ]
                 running.append(((images, labels), run))
                 if len(running) > AHEAD:
                     yield _finished(*running.popleft())
@@ -351,10 +359,13 @@ class View:
         images = torch.empty(n, size, size, channels, dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)
         return images, torch.empty(n, dtype=torch.int64, pin_memory=pinned)
 
-    def fill(self, positions: IntArray, images: torch.Tensor, labels: torch.Tensor, augment: Augment | None) -> None:
+    def fill(
+        self, positions: IntArray, images: torch.Tensor, labels: torch.Tensor, augment: Augment | None, crop_words: Words | None = None
+    ) -> None:
         """The samples at `positions` into the first places of `images` and `labels`."""
         for i, position in enumerate(positions.tolist()):
-            labels[i] = self._load(int(self.numbers[position]), images[i : i + 1], augment.choose(position) if augment else None)
+            choose = augment.choose(crop_words[i]) if augment is not None and crop_words is not None else None
+            labels[i] = self._load(int(self.numbers[position]), images[i : i + 1], choose)
         if augment is not None:
             augment.move(images[: len(positions)], positions)
 
@@ -377,12 +388,11 @@ class Augment:
     epoch: int
     samples: int
 
-    def choose(self, position: int) -> Choose | None:
-        """The random box, where the recipe has one."""
+    def choose(self, crop_words: Words) -> Choose:
+        """The random box, where the recipe has one; crop_words: the position's."""
         crop = self.recipe.crop
-        if crop is None:
-            return None
-        return lambda height, width: Box(*order.crop(self.seed, self.epoch, position, height, width, crop.scale, crop.ratio))
+        assert crop is not None
+        return lambda height, width: Box(*order.crop(crop_words, height, width, crop.scale, crop.ratio))
 
     def move(self, images: torch.Tensor, positions: IntArray) -> None:
         """Flip and shift `images` (n, C, H, W), and the recipe's operations on them, in place."""
@@ -420,6 +430,13 @@ class Request:
     augment: Augment | None = None
     size: int | None = None
     """height and width of its images, pixels; None: the view's own"""
+
+    def crop_words(self) -> Words | None:
+        """Of each position, where boxes are drawn."""
+        augment = self.augment
+        if augment is None or augment.recipe.crop is None:
+            return None
+        return order.crop_words(augment.seed, augment.epoch, self.positions)
 
 
 def train_batches(

@@ -20,6 +20,8 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 ORDER, AUGMENTATION, CROP, BLOCKS, MIXING, RANDOM_OPS, LAYERS = 1, 2, 3, 4, 5, 6, 7  # streams that share no random word
+TRIES = 10
+"""for a random box that fits the image"""
 
 
 class Augmentation(NamedTuple):
@@ -103,17 +105,23 @@ def augmentation(seed: int, epoch: int, n: int, translate: int) -> Augmentation:
     return draws
 
 
+def crop_words(seed: int, epoch: int, positions: IntArray) -> npt.NDArray[np.uint64]:
+    """What `crop` makes the random boxes of these positions of, shape (n, TRIES, 4): those of an epoch's batch at once."""
+    counters = np.zeros((len(positions), TRIES, 4), dtype=np.uint64)
+    counters[..., 0] = np.arange(1, TRIES + 1)  # numpy's Philox counts before it draws, and so does every stream here
+    counters[..., 1] = positions[:, None]
+    return _philox(_key(seed, CROP, epoch), counters)
+
+
 def crop(
-    seed: int, epoch: int, position: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+    words: npt.NDArray[np.uint64], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """The random box (left, top, width, height) of an image that training sees of a position in an epoch, in pixels.
+    """The random box (left, top, width, height) of an image that training sees, in pixels; of a position's `crop_words`.
 
     Distributed as torchvision's RandomResizedCrop: an area uniform in `scale`, a width / height log-uniform in `ratio`, ten
     tries for a box that fits, and then the largest central one whose shape is within `ratio`.
     """
-    words = np.random.Philox(key=_key(seed, CROP, epoch), counter=np.array([0, position, 0, 0], dtype=np.uint64))
-    for _ in range(10):
-        area, shape, x, y = words.random_raw(4).tolist()
+    for area, shape, x, y in words.tolist():
         pixels = height * width * (scale[0] + (scale[1] - scale[0]) * area / 2**64)
         aspect = math.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * shape / 2**64)
         w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
@@ -164,6 +172,29 @@ def layer_draws(seed: int, step: int, layers: int, global_batch_size: int) -> np
 def _words(seed: int, stream: int, epoch: int, n: int) -> npt.NDArray[np.uint64]:
     """n random 64-bit words that no other (seed, stream, epoch) shares."""
     return np.asarray(np.random.Philox(key=_key(seed, stream, epoch)).random_raw(n), dtype=np.uint64)
+
+
+def _philox(key: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Philox4x64-10 (Salmon et al. 2011, section 3.3) of every counter in `counters` (..., 4). numpy's draws from one counter on, and
+    a generator of its own for each takes longer than a hundred of these."""
+    a, b, c, d = (counters[..., i] for i in range(4))
+    k, m = key
+    with np.errstate(over="ignore"):
+        for _ in range(10):
+            (high_a, low_a), (high_c, low_c) = _product(a, 0xD2E7470EE14C6C93), _product(c, 0xCA5A826395121157)
+            a, b, c, d = high_c ^ b ^ k, low_c, high_a ^ d ^ m, low_a
+            k, m = k + np.uint64(0x9E3779B97F4A7C15), m + np.uint64(0xBB67AE8584CAA73B)
+    return np.stack((a, b, c, d), axis=-1)
+
+
+def _product(words: npt.NDArray[np.uint64], constant: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """(high, low) 64 bits of the products, from their 32-bit halves."""
+    half, low_half = np.uint64(32), np.uint64(0xFFFFFFFF)
+    high, low = words >> half, words & low_half
+    times_high, times_low = np.uint64(constant >> 32), np.uint64(constant & 0xFFFFFFFF)
+    middle = high * times_low + (low * times_low >> half)
+    other = low * times_high + (middle & low_half)
+    return high * times_high + (middle >> half) + (other >> half), words * np.uint64(constant)
 
 
 def _key(seed: int, stream: int, epoch: int) -> npt.NDArray[np.uint64]:

@@ -90,10 +90,13 @@ class Crops:
     def __init__(self, folder: Path) -> None:
         data, index = bench.described(folder, SIZE)
         self.place = {index.key[number].decode(): position for position, number in enumerate(index.train(data))}
+        self.words = order.crop_words(0, 0, np.arange(len(self.place)))
 
     def __call__(self, key: str, image: Image.Image) -> torch.Tensor:
         position = self.place[key]
-        left, top, width, height = order.crop(0, 0, position, image.height, image.width, bench.RECIPE.crop.scale, bench.RECIPE.crop.ratio)
+        left, top, width, height = order.crop(
+            self.words[position], image.height, image.width, bench.RECIPE.crop.scale, bench.RECIPE.crop.ratio
+        )
         box = (left, top, left + width, top + height)
         resized = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
         if order.augmentation(0, 0, len(self.place), 0).flip[position]:

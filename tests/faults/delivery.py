@@ -240,7 +240,7 @@ def one_database(lab: Lab) -> Iterator[Row]:
     with _tracked_at(f"sqlite:///{fresh}"):
         deliveries = [tracking.start_delivery(store, "many", [trial_id]) for trial_id in ids]
         with ThreadPoolExecutor(trials) as all_at_once:
-            list(all_at_once.map(tracking.Delivery.stop, deliveries))
+            list(all_at_once.map(lambda delivery: delivery.stop(600), deliveries))  # as many imports of MLflow as trials, on two cores
     found.append(tally(store, "many", fresh))
     logs = [*done.stderr.splitlines(), *(text for log in store.root.rglob("delivery.log") for text in log.read_text().splitlines())]
     ended = [delivery.process.returncode for delivery in deliveries]

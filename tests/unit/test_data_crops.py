@@ -47,11 +47,11 @@ def test_batches_against_a_slow_control(photographs, monkeypatch, recipe, seen, 
         epoch = step // per_epoch
         size = seen[epoch]
         assert images.dtype == torch.uint8 and images.shape == (BATCH, 3, size, size)
-        flip = order.augmentation(3, epoch, TRAIN, 0).flip
+        flip, words = order.augmentation(3, epoch, TRAIN, 0).flip, order.crop_words(3, epoch, np.arange(TRAIN))
         for image, label, position in zip(images, labels, order.batch_positions(3, step, per_epoch, BATCH, TRAIN).tolist(), strict=True):
             assert label == position
             pixels = whole[position]
-            left, top, width, height = order.crop(3, epoch, position, *pixels.shape[:2], (0.08, 1.0), (3 / 4, 4 / 3))
+            left, top, width, height = order.crop(words[position], *pixels.shape[:2], (0.08, 1.0), (3 / 4, 4 / 3))
             expected = resized(pixels[top : top + height, left : left + width], size, size)
             assert torch.equal(image, expected.flip(-1) if flip[position] else expected)
     dataset, size = opened(trial), evaluated

@@ -68,7 +68,7 @@ def test_random_boxes_are_distributed_as_torchvisions(height, width):
     from torchvision.transforms import RandomResizedCrop
 
     scale, ratio, image = (0.08, 1.0), (3 / 4, 4 / 3), torch.empty(1, height, width)
-    ours = np.array([order.crop(5, 2, position, height, width, scale, ratio) for position in range(4000)], dtype=float)
+    ours = np.array([order.crop(words, height, width, scale, ratio) for words in order.crop_words(5, 2, np.arange(4000))], dtype=float)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(4000)], dtype=float)[

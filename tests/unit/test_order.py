@@ -109,25 +109,41 @@ def test_augmentation_of_a_sample_does_not_depend_on_how_many_there_are():
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
+def box(seed, epoch, position, height, width, scale=SCALE, ratio=RATIO):
+    return order.crop(order.crop_words(seed, epoch, np.array([position]))[0], height, width, scale, ratio)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_words_of_crops_are_numpys(seed):
+    """Philox by numpy's own generator, one for each position; positions and epochs up to the largest, in any order."""
+    rng = np.random.default_rng(seed)
+    epoch, positions = int(rng.integers(2**32)), rng.integers(0, 2**62, size=30) >> rng.integers(0, 62, size=30)
+    words = order.crop_words(seed, epoch, positions)
+    for position, drawn in zip(positions.tolist(), words, strict=True):
+        key = np.array([seed, order.CROP << 32 | epoch], dtype=np.uint64)
+        numpys = np.random.Philox(key=key, counter=np.array([0, position, 0, 0], dtype=np.uint64))
+        assert (drawn == numpys.random_raw(4 * order.TRIES).reshape(order.TRIES, 4)).all()
+
+
 def test_a_crop_is_of_seed_epoch_and_position_alone():
     """Golden values, as those of the order; a million epochs and a billion positions on, without a draw in between."""
-    assert order.crop(7, 3, 12, 375, 500, SCALE, RATIO) == GOLDEN_CROP
-    assert order.crop(7, 10**6, 10**9, 375, 500, SCALE, RATIO) == GOLDEN_FAR_CROP
-    boxes = {order.crop(s, e, p, 375, 500, SCALE, RATIO) for s in range(4) for e in range(4) for p in range(4)}
+    assert box(7, 3, 12, 375, 500) == GOLDEN_CROP
+    assert box(7, 10**6, 10**9, 375, 500) == GOLDEN_FAR_CROP
+    boxes = {box(s, e, p, 375, 500) for s in range(4) for e in range(4) for p in range(4)}
     assert len(boxes) == 64
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (1, 1), (1, 500), (500, 1), (90, 60), (17, 400)])
 @pytest.mark.parametrize("ratio", [RATIO, (0.01, 0.02), (5.0, 5.0)])
 def test_a_crop_lies_in_its_image(height, width, ratio):
-    for position in range(300):
-        left, top, w, h = order.crop(1, 0, position, height, width, SCALE, ratio)
+    for words in order.crop_words(1, 0, np.arange(300)):
+        left, top, w, h = order.crop(words, height, width, SCALE, ratio)
         assert left >= 0 and top >= 0 and w >= 1 and h >= 1 and left + w <= width and top + h <= height
 
 
 def test_an_image_that_no_box_fits_is_cropped_at_its_centre():
-    assert order.crop(0, 0, 0, 100, 1000, (1.0, 1.0), RATIO) == (433, 0, 133, 100)
-    assert order.crop(0, 0, 0, 1000, 100, (1.0, 1.0), RATIO) == (0, 433, 100, 133)
+    assert box(0, 0, 0, 100, 1000, (1.0, 1.0)) == (433, 0, 133, 100)
+    assert box(0, 0, 0, 1000, 100, (1.0, 1.0)) == (0, 433, 100, 133)
 
 
 def test_cached_arrays_cannot_be_changed_by_a_caller():
