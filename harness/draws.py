@@ -31,9 +31,12 @@ class Drawn(nn.Module):
         return given.reshape(self.numbers, len(like), *[1] * (like.ndim - 1)).unbind()
 
 
-def assign(model: nn.Module, seed: int, step: int, global_batch_size: int, first: int, samples: int, device: torch.device) -> None:
-    """Gives every random layer its numbers for the samples [first, first + samples) of a step's global batch."""
-    layers = [module for module in model.modules() if isinstance(module, Drawn)]
+def layers(model: nn.Module) -> list[Drawn]:
+    return [module for module in model.modules() if isinstance(module, Drawn)]
+
+
+def assign(layers: list[Drawn], seed: int, step: int, global_batch_size: int, first: int, samples: int, device: torch.device) -> None:
+    """Gives every random layer of a model its numbers for the samples [first, first + samples) of a step's global batch."""
     if not layers:
         return
     drawn = order.layer_draws(seed, step, sum(layer.numbers for layer in layers), global_batch_size)[:, first : first + samples]

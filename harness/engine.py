@@ -72,6 +72,7 @@ class Engine(ABC):
         self._micro = trial.micro_batch_size(ranks.world_size)
         self._format = torch.channels_last if trial.backend.channels_last else torch.contiguous_format
         self._model = models.build(trial.workload, trial.seed).to(ranks.device)
+        self._norms, self._drawn = norm.layers(self._model), draws.layers(self._model)
         self._gathered: nn.Module | None = None
         if trial.backend.compile:
             self._model.compile(dynamic=False)  # a graph for each size of a schedule, the same ones after a resume
@@ -98,9 +99,9 @@ class Engine(ABC):
         losses = []
         for index, (x, y) in enumerate(batches):
             first = self._ranks.rank * len(images) + index * self._micro
-            draws.assign(self._model, self._trial.seed, step, self._trial.budget.global_batch_size, first, len(x), self._ranks.device)
+            draws.assign(self._drawn, self._trial.seed, step, self._trial.budget.global_batch_size, first, len(x), self._ranks.device)
             losses.append(self._micro_step(x, y, mix, len(batches), index == len(batches) - 1))
-        norm.update_running_statistics(self._model, self._ranks)
+        norm.update_running_statistics(self._norms, self._ranks)
         before = [w.clone() for w in self._weights()] if measure else []
         self._update(lr, weight_decay)
         return Step(torch.stack(losses).mean() if len(losses) > 1 else losses[0], self._measure(before) if measure else {})

@@ -90,18 +90,18 @@ class BatchNorm(nn.BatchNorm2d):
         return out.to(groups.dtype).flatten(0, 1)
 
 
-def _layers(model: nn.Module) -> list[BatchNorm]:
+def layers(model: nn.Module) -> list[BatchNorm]:
+    """To be found once: a walk over a large network takes the host as long as some steps have."""
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
 @torch.no_grad()
-def update_running_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Folds what was collected since the last call, on all ranks, into the running statistics. Once per optimizer step.
+def update_running_statistics(layers: list[BatchNorm], ranks: Ranks) -> None:
+    """Folds what a model's layers collected since the last call, on all ranks, into the running statistics. Once per optimizer step.
 
-    Collective over the default process group, unless the model has no BatchNorm. Leaves the same statistics on every
+    Collective over the default process group, unless there are none. Leaves the same statistics on every
     rank; a layer that no sample went through keeps its own. num_batches_tracked counts the updates.
     """
-    layers = _layers(model)
     if not layers:
         return
     sums = torch.cat([layer.collected for layer in layers], dim=1)
@@ -114,10 +114,10 @@ def update_running_statistics(model: nn.Module, ranks: Ranks) -> None:
     torch._foreach_lerp_([layer.running_mean for layer in layers], [found[0] for found in by_layer], weights)
     torch._foreach_lerp_([layer.running_var for layer in layers], [found[1] for found in by_layer], weights)
     torch._foreach_add_([layer.num_batches_tracked for layer in layers], 1)
-    discard_statistics(model)
+    discard_statistics(layers)
 
 
-def discard_statistics(model: nn.Module) -> None:
+def discard_statistics(layers: list[BatchNorm]) -> None:
     """Forgets what was collected since the last update: for a pass that is no part of training."""
-    if layers := _layers(model):
+    if layers:
         torch._foreach_zero_([layer.collected for layer in layers])

@@ -49,7 +49,7 @@ class DDPEngine(Engine):
         images = torch.zeros(self._micro, data.channels, data.image_size, data.image_size, dtype=torch.uint8, device=self._ranks.device)
         self._replica(images).sum().backward()
         self._whole.zero_grad(set_to_none=True)
-        norm.discard_statistics(self._model)
+        norm.discard_statistics(self._norms)
 
     def _forward(self, images: Tensor, last: bool) -> Tensor:
         if isinstance(self._replica, DistributedDataParallel):

@@ -269,9 +269,13 @@ def time_limit(lab: Lab) -> Iterator[Row]:
     long = [Pair(lab, "long", *pair, epochs, limit | {"max_timeouts": often}) for pair in of_long]
     short = [Pair(lab, "short", *pair, epochs, limit | {"max_timeouts": often - 1}) for pair in of_short]
 
-    for pair in long:  # then it may end without one more
-        until(lambda: pair.requeued() == often, 400)  # noqa: B023 - asked before the next pair
+    def let_end(pair: Pair) -> None:
+        """Once the limit has come often enough, and before it comes once more."""
+        until(lambda: pair.requeued() == often, 400)
         subprocess.run(["scontrol", "update", f"JobId={pair.job_id}", "TimeLimit=10"], check=True, capture_output=True, timeout=60)
+
+    with ThreadPoolExecutor(len(long)) as pool:
+        list(pool.map(let_end, long))
     unsaid, told = [], []
     for pair in short:
         pair.study.wait("exhausted", seconds=400)

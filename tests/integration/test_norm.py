@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness import models
 from harness.dist import Ranks, joined
-from harness.norm import BatchNorm, update_running_statistics
+from harness.norm import BatchNorm, layers, update_running_statistics
 from tests.trials import trial
 
 _server = multiprocessing.get_context("forkserver")
@@ -56,7 +56,7 @@ def trained(run: str, precision: str, ranks: Ranks) -> dict[str, Tensor]:
         batches = list(zip(images[own].split(RUNS[run]), labels[own].split(RUNS[run]), strict=True))
         for x, y in batches:
             (F.cross_entropy(replica(x), y) / len(batches)).backward()
-        update_running_statistics(model, ranks)
+        update_running_statistics(layers(model), ranks)
         optimizer.step()
         optimizer.zero_grad()
     return model.state_dict()

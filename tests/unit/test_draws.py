@@ -46,7 +46,7 @@ def test_parts_of_a_batch_have_the_numbers_of_the_whole() -> None:
     model = nn.Sequential(nn.Sequential(StochasticDepth(0.5)), StochasticDepth(0.1))
 
     def of(first: int, samples: int) -> list[torch.Tensor]:
-        draws.assign(model, 3, 11, 12, first, samples, CPU)
+        draws.assign(draws.layers(model), 3, 11, 12, first, samples, CPU)
         return [layer._given for layer in (model[0][0], model[1])]
 
     whole = of(0, 12)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from harness import models
 from harness.config import Recipe, Workload
 from harness.dist import Ranks
-from harness.norm import BatchNorm, discard_statistics, update_running_statistics
+from harness.norm import BatchNorm, discard_statistics, layers, update_running_statistics
 from harness.vision import torchvision
 from tests.trials import trial
 
@@ -73,7 +73,7 @@ def test_forward_and_update_equal_what_is_done_by_hand(group: int | None, dtype:
         variances.append(v)
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items()), "forward only collects"
 
-    update_running_statistics(ours, ALONE)
+    update_running_statistics(layers(ours), ALONE)
     assert close(ours.running_mean, 0.9 * before["running_mean"].double() + 0.1 * torch.cat(means).mean(0), LIMIT[dtype])
     assert close(ours.running_var, 0.9 * before["running_var"].double() + 0.1 * torch.cat(variances).mean(0), LIMIT[dtype])
     assert ours.num_batches_tracked == 1
@@ -98,7 +98,7 @@ def test_one_group_a_step_and_evaluation_are_torchs_own_layer() -> None:
     control.load_state_dict(ours.state_dict())
     for step in range(3):
         assert torch.equal(ours(images(8, step)), control(images(8, step)))
-        update_running_statistics(ours, ALONE)
+        update_running_statistics(layers(ours), ALONE)
     for name, value in control.state_dict().items():
         assert torch.allclose(ours.state_dict()[name], value, rtol=1e-14)
     ours.load_state_dict(control.state_dict())
@@ -113,7 +113,7 @@ def test_running_statistics_do_not_depend_on_how_a_batch_is_cut_into_micro_batch
         for step in range(3):
             for part in images(24, step).split(micro):
                 ours(part)
-            update_running_statistics(ours, ALONE)
+            update_running_statistics(layers(ours), ALONE)
         found.append(torch.stack((ours.running_mean, ours.running_var)))
     assert close(found[1], found[0], 1e-15) and close(found[2], found[0], 1e-15)
 
@@ -123,7 +123,7 @@ def test_the_variance_is_the_one_training_divides_by_and_not_that_of_the_pooled_
     ours.momentum = 1.0
     x = images(256, channels=5)
     ours(x)
-    update_running_statistics(ours, ALONE)
+    update_running_statistics(layers(ours), ALONE)
     within = torch.stack([part.var((0, 2, 3)) for part in x.split(4)]).mean(0)
     assert close(ours.running_var, within, 1e-14)
     assert float((x.var((0, 2, 3)) / ours.running_var).min()) > 1.1, "the images are correlated within, so that pooling shows"
@@ -132,17 +132,17 @@ def test_the_variance_is_the_one_training_divides_by_and_not_that_of_the_pooled_
 def test_discarded_statistics_leave_no_trace() -> None:
     ours, control = layer(2), layer(2)
     ours(images(4, seed=5))
-    discard_statistics(ours)
+    discard_statistics(layers(ours))
     for model in (ours, control):
         model(images(4, seed=6))
-        update_running_statistics(model, ALONE)
+        update_running_statistics(layers(model), ALONE)
     assert torch.equal(ours.running_var, control.running_var) and torch.equal(ours.running_mean, control.running_mean)
 
 
 def test_a_layer_that_no_sample_went_through_keeps_its_statistics() -> None:
     used, unused = layer(2), layer(2, channels=3)
     used(images(4))
-    update_running_statistics(nn.ModuleList([unused, used]), ALONE)
+    update_running_statistics(layers(nn.ModuleList([unused, used])), ALONE)
     assert torch.equal(unused.running_mean, layer(2, channels=3).running_mean)
     assert torch.equal(unused.running_var, layer(2, channels=3).running_var)
     assert not torch.equal(used.running_mean, layer(2).running_mean)
@@ -163,7 +163,7 @@ def test_training_forward_without_gradients_collects_too() -> None:
     ours = layer(2)
     with torch.no_grad():
         ours(images(4))
-    update_running_statistics(ours, ALONE)
+    update_running_statistics(layers(ours), ALONE)
     _, means, _ = by_hand(images(4), 2, ours.weight, ours.bias)
     assert close(ours.running_mean, 0.9 * layer(2).running_mean + 0.1 * means.mean(0), 1e-14)
 
@@ -176,7 +176,7 @@ def test_autocast_takes_statistics_in_float32(layout: torch.memory_format) -> No
         out = ours(x)
     assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=layout)
     _, means, variances = by_hand(x, 4, ours.weight, ours.bias)
-    update_running_statistics(ours, ALONE)
+    update_running_statistics(layers(ours), ALONE)
     assert ours.running_mean.dtype == torch.float32
     assert close(ours.running_mean, 0.9 * layer(4).running_mean + 0.1 * means.mean(0), 1e-6)
     assert close(ours.running_var, 0.9 * layer(4).running_var + 0.1 * variances.mean(0), 1e-6)
@@ -195,7 +195,7 @@ def test_compiled_it_is_one_graph_that_collects_the_same(group: int | None) -> N
             out = forward(x)
             out.backward(images(8, seed=9))
             forward(images(8, step + 20).requires_grad_()).backward(images(8, seed=9))
-            update_running_statistics(model, ALONE)
+            update_running_statistics(layers(model), ALONE)
             assert x.grad is not None
             found.append((out, x.grad))
         assert all(close(a, b, 1e-13) for a, b in zip(*found, strict=True))
@@ -218,10 +218,10 @@ def test_compiled_under_autocast_it_keeps_type_and_order_in_memory(layout: torch
 def test_a_model_without_batch_norm_takes_part_in_no_collective() -> None:
     second_of_two = Ranks(1, 1, 2, torch.device("cpu"))  # of a process group that does not exist
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4))
-    update_running_statistics(net, second_of_two)
-    discard_statistics(net)
+    update_running_statistics(layers(net), second_of_two)
+    discard_statistics(layers(net))
     with pytest.raises(ValueError, match="process group"):
-        update_running_statistics(nn.Sequential(net, layer(2)), second_of_two)
+        update_running_statistics(layers(nn.Sequential(net, layer(2))), second_of_two)
 
 
 def workload(name: str, **recipe: object) -> Workload:
