@@ -363,11 +363,14 @@ class View:
         self, positions: IntArray, images: torch.Tensor, labels: torch.Tensor, augment: Augment | None, crop_words: Words | None = None
     ) -> None:
         """The samples at `positions` into the first places of `images` and `labels`."""
-        for i, position in enumerate(positions.tolist()):
+        images = images[: len(positions)]
+        found = []
+        for i, (number, image) in enumerate(zip(self.numbers[positions].tolist(), images.split(1), strict=True)):
             choose = augment.choose(crop_words[i]) if augment is not None and crop_words is not None else None
-            labels[i] = self._load(int(self.numbers[position]), images[i : i + 1], choose)
+            found.append(self._load(number, image, choose))
+        labels[: len(found)] = torch.tensor(found)
         if augment is not None:
-            augment.move(images[: len(positions)], positions)
+            augment.move(images, positions)
 
 
 def _finished(batch: Batch, parts: list[Future[None]]) -> Batch:
@@ -399,8 +402,9 @@ class Augment:
         recipe = self.recipe
         draws = order.augmentation(self.seed, self.epoch, self.samples, recipe.translate)
         if recipe.flip:
-            for i in np.flatnonzero(draws.flip[positions]).tolist():
-                images[i] = images[i : i + 1].flip(-1)[0]
+            for image, flip in zip(images.split(1), draws.flip[positions].tolist(), strict=True):
+                if flip:
+                    image.copy_(image.flip(-1))
         if recipe.translate:
             images.copy_(torch.from_numpy(shifted(images.numpy(), draws.dx[positions], draws.dy[positions], recipe.translate)))
         if recipe.augment is not None:

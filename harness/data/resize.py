@@ -12,11 +12,11 @@ def resize(pixels: Pixels, out: torch.Tensor) -> None:
 
     What torch.nn.functional.interpolate computes; this operator behind it writes where it is told to.
     """
-    image = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
-    if image.shape == out.shape:
+    image, size = torch.from_numpy(pixels.transpose(2, 0, 1)[None]), out.shape[2:]
+    if pixels.shape[:2] == size:
         out.copy_(image)
     else:
-        torch.ops.aten._upsample_bilinear2d_aa.out(image, out.shape[2:], False, None, None, out=out)
+        torch._C._nn._upsample_bilinear2d_aa(image, size, False, out=out)  # type: ignore[attr-defined]
 
 
 def shorter_side(height: int, width: int, to: int) -> tuple[int, int]:
