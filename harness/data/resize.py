@@ -16,7 +16,7 @@ def resize(pixels: Pixels, out: torch.Tensor) -> None:
     if pixels.shape[:2] == size:
         out.copy_(image)
     else:
-        torch._C._nn._upsample_bilinear2d_aa(image, size, False, out=out)  # type: ignore[attr-defined]
+        torch._C._nn._upsample_bilinear2d_aa(image, size, False, out=out)  # type: ignore[call-arg]
 
 
 def shorter_side(height: int, width: int, to: int) -> tuple[int, int]:
