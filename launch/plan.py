@@ -14,6 +14,7 @@ from rich.console import Console
 from harness import journal, schedule
 from harness.config import BadInput, Cluster, Slurm, Trial
 from harness.data.index import checked
+from harness.data.remote import overflow
 from harness.store import Store
 from harness.study import LoadedStudy, Planned, axis_values, planned, warnings
 from launch import power, scaling
@@ -167,7 +168,8 @@ def plan_warnings(loaded: LoadedStudy, cluster: Cluster) -> list[str]:
     except BadInput as error:
         found += str(error).splitlines()
     try:
-        checked(loaded.workload.data, loaded.workload.evaluation.test)
+        index, _ = checked(loaded.workload.data, loaded.workload.evaluation.test)
+        found += overflow(index)
     except BadInput as error:
         found += str(error).splitlines()
     return found

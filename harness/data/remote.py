@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from harness.config import BadInput
-from harness.data.index import Address
+from harness.data.index import Address, Index
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 BLOCK = 8 << 20
@@ -60,6 +60,17 @@ def node_cache() -> Cache:
     if not gigabytes.isdecimal():
         raise BadInput(f"WRBENCH_CACHE_GB: {gigabytes!r} must be a whole number of GB; e.g. 64")
     return Cache(Path(folder).expanduser(), int(gigabytes) * 10**9)
+
+
+def overflow(index: Index) -> list[str]:
+    """A warning where a node keeps less than all of the shards: in random order most images then cost a block of their own."""
+    whole, cache = sum(shard.bytes for shard in index.shards), node_cache()
+    if isinstance(index.folder, Path) or whole <= cache.bytes:
+        return []
+    return [
+        f"{index.folder}: has {whole / 1e9:.3g} GB of shards, and {cache.folder} keeps {cache.bytes / 1e9:.3g} GB: what does not fit is "
+        f"fetched anew for every image, {BLOCK >> 20} MB at a time; on the nodes set WRBENCH_CACHE_GB={-(-whole // 10**9)} or more"
+    ]
 
 
 @contextmanager

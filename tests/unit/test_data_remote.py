@@ -167,6 +167,19 @@ def test_an_index_of_remote_shards_is_that_of_local_ones(tmp_path, monkeypatch):
         shards.index_shards(listed, tmp_path / "x")
 
 
+def test_shards_that_a_node_cannot_keep_are_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("WRBENCH_CACHE", str(tmp_path / "cache"))
+    folder = tars.small(tmp_path / "www")
+    local = shards.index_shards(folder, tmp_path / "local")
+    with serving(folder) as (address, _):
+        index = shards.index_shards(f"{address}/{{train-{{000000..000001}},val-000000}}.tar", tmp_path / "remote")
+    assert remote.overflow(index) == []
+    monkeypatch.setenv("WRBENCH_CACHE_GB", "0")
+    (line,) = remote.overflow(index)
+    assert line.startswith(f"{address}: has ") and line.endswith("on the nodes set WRBENCH_CACHE_GB=1 or more")
+    assert remote.overflow(local) == []
+
+
 def test_an_epoch_over_http_is_that_of_local_shards(tmp_path, monkeypatch):
     """Equal batches from a server that drops and stalls connections; one that is gone is an error, and never substituted."""
     import torch
