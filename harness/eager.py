@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,12 +49,25 @@ def _real() -> ModuleType:
     return importlib.import_module(NAME)
 
 
+class _Part:
+    """A submodule of it, of which eager training asks no more than is given here."""
+
+    def __init__(self, name: str, **given: Any) -> None:
+        self._name = name
+        self.__dict__ |= given
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(getattr(_real(), self._name), name)
+
+
 class _StandIn(ModuleType):
     """What eager training asks of torch._dynamo, and where nothing is traced the answer is to do nothing."""
 
     __path__: list[str] = []  # noqa: RUF012  # a package: imports of submodules come to the finder
-    trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)  # at the start of a process group; nothing is cached
-    utils = SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer")  # the default; only python_reducer changes DDP itself
+    trace_rules = _Part("trace_rules", clear_lru_cache=lambda: None)  # at the start of a process group; nothing is cached
+    utils = _Part("utils", get_optimize_ddp_mode=lambda: "ddp_optimizer")  # the default; only python_reducer changes DDP itself
 
     @staticmethod
     def disable(function: Any = None, recursive: bool = True, **_: Any) -> Any:

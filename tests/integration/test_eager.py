@@ -82,12 +82,13 @@ assert not any("harness" in type(finder).__module__ for finder in sys.meta_path)
     "ask",
     [
         "torch._dynamo.config.cache_size_limit",
+        "torch._dynamo.utils.counters",
         "import torch._dynamo.utils",
         "from torch._dynamo.exc import Unsupported; assert torch._dynamo.exc.Unsupported is Unsupported",
         "torch.compile(lambda x: x, backend='eager')(torch.zeros(2))",
         "torch.use_deterministic_algorithms(True)",
     ],
-    ids=["an attribute", "a submodule", "from a submodule", "compile", "inductor"],
+    ids=["an attribute", "a submodule's", "a submodule", "from a submodule", "compile", "inductor"],
 )
 def test_it_gives_way_to_the_real_one(ask: str) -> None:
     process = run(GIVES_WAY.format(ask=ask))
