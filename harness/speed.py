@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.config import Trial
@@ -38,7 +39,8 @@ def flops_an_image(model: nn.Module, channels: int, size: int) -> float:
     """
     net = model.get_submodule("net")  # behind autocast and compilation
     weight = next(net.parameters())
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # with gradients, without which torch's attention is one operation that is not counted, and in its plain form
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, channels, size, size, dtype=weight.dtype, device=weight.device))
     return 3 * float(counter.get_total_flops())
 

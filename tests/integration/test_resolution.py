@@ -37,7 +37,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
 
     class Tiny(nn.Sequential):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            if images.device.type != "meta":  # where the clock counts operations
+            if images.any():  # the clock counts operations on a black one
                 passes.append((self.training, len(images), images.shape[-1]))
             logits: torch.Tensor = super().forward(images)
             return logits
