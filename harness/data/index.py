@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,9 @@ NAME = "index.npz"
 FORMAT = "wrbench shard index"
 VERSION = 2
 COLUMNS = ("key", "shard", "offset", "size", "extension", "label", "crc32", "holdout_rank")
+
+DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""what numpy, zipfile and json raise for a file that is no index, or no longer whole"""
 
 NEVER = 2**31 - 1
 """the place in the holdout order of an image that is not a candidate"""
@@ -126,7 +130,8 @@ class Index:
     extensions: tuple[str, ...]
     sha256: str
     """identity of the samples: split, key, label, size and crc32 of each, in order; not of how they are packed in shards"""
-    key: npt.NDArray[np.bytes_]
+    keys: npt.NDArray[np.bytes_] | Path
+    """or the index file that has them, see `key`"""
     shard: npt.NDArray[np.int32]
     offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.uint32]
@@ -136,6 +141,23 @@ class Index:
     holdout_rank: npt.NDArray[np.int32]
     """train samples: place among those of the same label, in the order of a hash of the image's bytes; NEVER for an image
     that occurs several times, so that duplicates stay on one side; -1 for val"""
+
+    @cached_property
+    def key(self) -> npt.NDArray[np.bytes_]:
+        """Read when it is first asked for: only messages and `shards verify` do, and a million keys take a third of the memory.
+
+        BadInput when the index has been written anew meanwhile, or is gone.
+        """
+        if not isinstance(self.keys, Path):
+            return self.keys
+        try:
+            with np.load(self.keys, allow_pickle=False) as archive:
+                if json.loads(archive["manifest.json"])["sha256"] == self.sha256:
+                    key: npt.NDArray[np.bytes_] = archive["key"]
+                    return key
+        except DAMAGE:
+            pass
+        raise BadInput(f"{self.keys}: has changed since it was opened; start again")
 
     # ------------------------------------------------------------------------------------------------ views
 
@@ -274,7 +296,7 @@ class Index:
             shards=shards,
             extensions=tuple(e.decode() for e in extensions.tolist()),
             sha256=digest.hexdigest(),
-            key=key,
+            keys=key,
             shard=shard,
             extension=extension.astype(np.uint8),
             holdout_rank=_holdout_rank(columns["label"], np.concatenate([part.digest for part in parts]), is_val),
@@ -322,17 +344,18 @@ class Index:
                     shards=tuple(Shard(**shard) for shard in manifest["shards"]),
                     extensions=tuple(manifest["extensions"]),
                     sha256=manifest["sha256"],
-                    **{column: archive[column] for column in COLUMNS},
+                    keys=file.absolute(),
+                    **{column: archive[column] for column in COLUMNS if column != "key"},
                 )
-                index._refuse_nonsense()
+                index._refuse_nonsense(archive.zip)
         except BadInput:
             raise
-        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise BadInput(f"{file}: is damaged or no index of shards ({type(error).__name__}); {remedy}") from None
         return index
 
-    def _refuse_nonsense(self) -> None:
-        """ValueError unless manifest and arrays are of the types they should be, and agree."""
+    def _refuse_nonsense(self, archive: zipfile.ZipFile) -> None:
+        """ValueError unless manifest and arrays are of the types they should be, and agree; BadZipFile for damaged keys."""
         texts = [self.sha256, *self.extensions, *(text for shard in self.shards for text in (shard.name, shard.sha256))]
         counts = [count for shard in self.shards for count in (shard.samples, shard.bytes)]
         if not (all(type(text) is str for text in texts) and all(type(count) is int and count >= 0 for count in counts)):
@@ -340,9 +363,16 @@ class Index:
         if not self.shards or any(shard.split not in ("train", "val") for shard in self.shards):
             raise ValueError("shards")
         samples = sum(shard.samples for shard in self.shards)
-        for column in COLUMNS:
+        with archive.open("key.npy") as member:  # to the end, which its checksum needs, but without keeping it
+            np.lib.format.read_magic(member)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            if shape != (samples,) or dtype.kind != "S":
+                raise ValueError("key")
+            while member.read(1 << 20):
+                pass
+        for column in COLUMNS[1:]:
             array = getattr(self, column)
-            if array.shape != (samples,) or array.dtype.kind not in ("S" if column == "key" else "iu"):
+            if array.shape != (samples,) or array.dtype.kind not in "iu":
                 raise ValueError(column)
         if not np.array_equal(self.shard, np.repeat(np.arange(len(self.shards)), [shard.samples for shard in self.shards])):
             raise ValueError("shard")

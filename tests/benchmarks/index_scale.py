@@ -32,8 +32,8 @@ index = Index.load(Path(sys.argv[1]))
 loaded, loaded_cpu = time.perf_counter() - began, time.process_time() - cpu
 trained, held = index.train(data), index.holdout(data)
 total_cpu = time.process_time() - cpu
-kept = sum(getattr(index, c).nbytes for c in ("key", "shard", "offset", "size", "extension", "label", "crc32", "holdout_rank")) / 1e6
-print(f"{len(index.key):,} samples in {len(index.shards):,} shards: file {os.path.getsize(sys.argv[1]) / 1e6:.0f} MB; "
+kept = sum(getattr(index, c).nbytes for c in ("shard", "offset", "size", "extension", "label", "crc32", "holdout_rank")) / 1e6
+print(f"{len(index.shard):,} samples in {len(index.shards):,} shards: file {os.path.getsize(sys.argv[1]) / 1e6:.0f} MB; "
       f"load {loaded:.2f} s ({loaded_cpu:.2f} s of CPU), with the views of {len(trained):,} trained and {len(held):,} held out {total_cpu:.2f} s of CPU; "
       f"index {kept:.0f} MB, process +{resident('VmRSS') - before:.0f} MB, at most +{resident('VmHWM') - before:.0f} MB", flush=True)
 import json
@@ -46,7 +46,7 @@ shares = [order.share(batch, rank, RANKS) for rank in range(RANKS)]
 assert (numpy.concatenate(shares) == batch).all() and len(numpy.unique(permuted)) == len(permuted)
 print(f"order of an epoch: {drawn:.2f} s, kept {permuted.nbytes / 1e6:.0f} MB, at most +{peak - resting:.0f} MB; "
       f"the shares of {RANKS:,} ranks are the batch", flush=True)
-print(json.dumps([len(index.key), loaded, kept, drawn, peak - before]))
+print(json.dumps([len(index.shard), loaded, kept, drawn, peak - before]))
 """.replace("RANKS", "1024")
 
 

@@ -533,3 +533,19 @@ def test_verify_warns_of_duplicates_and_misnamed_files(folder):
         "warning: val-000001.tar: sample v002: duplicate key, also in val-000000.tar (val), sample v002",
         "warning: val-000000.tar: sample v001: duplicate image, the same as in train-000000.tar (train), sample t007",
     ]
+
+
+def test_keys_are_read_when_they_are_asked_for_and_never_those_of_another_index(tmp_path):
+    folder = tars.small(tmp_path / "shards")
+    made = shards.index_shards(folder)
+    first, second = Index.load(folder), Index.load(folder)
+    assert "key" not in vars(first) and (first.key == made.key).all() and len(first.key) == len(first.label)
+    assert made.key[5].decode() in first.where(5)
+    (folder / "train-000001.tar").unlink()
+    shards.index_shards(folder)
+    assert (first.key == made.key).all()
+    with pytest.raises(BadInput, match=r"index.npz: has changed since it was opened"):
+        second.where(5)
+    (folder / "index.npz").unlink()
+    with pytest.raises(BadInput, match=r"index.npz: has changed since it was opened"):
+        second.where(5)
