@@ -129,7 +129,7 @@ def _imported(ranks: Ranks, timeout_seconds: int) -> Any:
     # An extension for all_reduce in inference, which would be compiled at the start of a first trial, by every rank, under a
     # lock that a kill leaves behind (pytorch#189245).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.runtime.compiler.compile = lambda: lambda function: function  # Muon, which nothing here uses, is compiled at its import
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator  # Muon, unused, is compiled at import
     deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings are about what is chosen here on purpose
     # What an earlier trial of this process left behind belongs to a process group that is gone; and the group that
     # DeepSpeed would make for itself would wait for a lost peer for half an hour.

@@ -240,7 +240,7 @@ static void unstuff(j_decompress_ptr jpeg, Scan *scan)
 static int take_over(j_decompress_ptr jpeg, Scan *scan, JDIMENSION left, JDIMENSION columns)
 {
     if (jpeg->progressive_mode || jpeg->arith_code || jpeg->restart_interval || jpeg->comps_in_scan != jpeg->num_components ||
-        jpeg->data_precision != 8)
+        jpeg->data_precision != 8 || jpeg->Se != DCTSIZE2 - 1) /* lossless ones, of libjpeg-turbo 3, have no blocks */
         return 0;
     for (int i = 0; i < jpeg->comps_in_scan; i++) {
         const jpeg_component_info *component = jpeg->cur_comp_info[i];

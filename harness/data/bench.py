@@ -62,13 +62,12 @@ def measure(path: Path, image_size: int = 224, seconds: float = 10.0, threads: i
     augment = loader.Augment(RECIPE, 0, 0, len(dataset.train))
     spent, stop = np.zeros(3), time.perf_counter() + seconds / 2
     done = 0
-    words = order.crop_words(0, 0, positions[:STAGED])
-    for position, drawn in zip(positions[:STAGED].tolist(), words, strict=True):
-        number = int(dataset.train.numbers[position])
+    staged = loader.Request(positions[:STAGED], augment)
+    for number, choose in zip(dataset.train.numbers[staged.positions].tolist(), staged.choices(), strict=True):
         times = [time.perf_counter()]
         content = reader.content(number)
         times.append(time.perf_counter())
-        pixels = reader.pixels(number, content, augment.choose(drawn))
+        pixels = reader.pixels(number, content, choose or decode.whole)
         times.append(time.perf_counter())
         resize(pixels, out)
         times.append(time.perf_counter())

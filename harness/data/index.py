@@ -28,7 +28,7 @@ from harness.config import BadInput, Data, TestSet
 NAME = "index.npz"
 FORMAT = "wrbench shard index"
 VERSION = 2
-COLUMNS = ("key", "shard", "offset", "size", "extension", "label", "crc32", "holdout_rank")
+COLUMNS = ("shard", "offset", "size", "extension", "label", "crc32", "holdout_rank")
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """what numpy, zipfile and json raise for a file that is no index, or no longer whole"""
@@ -319,7 +319,7 @@ class Index:
         }
         with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
             _add(archive, "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-            for column in COLUMNS:
+            for column in ("key", *COLUMNS):
                 _add(archive, f"{column}.npy", getattr(self, column))
 
     @classmethod
@@ -345,7 +345,7 @@ class Index:
                     extensions=tuple(manifest["extensions"]),
                     sha256=manifest["sha256"],
                     keys=file.absolute(),
-                    **{column: archive[column] for column in COLUMNS if column != "key"},
+                    **{column: archive[column] for column in COLUMNS},
                 )
                 index._refuse_nonsense(archive.zip)
         except BadInput:
@@ -370,7 +370,7 @@ class Index:
                 raise ValueError("key")
             while member.read(1 << 20):
                 pass
-        for column in COLUMNS[1:]:
+        for column in COLUMNS:
             array = getattr(self, column)
             if array.shape != (samples,) or array.dtype.kind not in "iu":
                 raise ValueError(column)

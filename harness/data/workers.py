@@ -38,7 +38,7 @@ class _Batches(Dataset["tuple[Batch, list[Substitution]] | Exception"]):
         known = set(self._substitutes.made)
         images, labels = self._view.empty(request, pinned=False)
         try:
-            self._view.fill(request.positions, images, labels, request.augment, request.crop_words())
+            self._view.fill(request.positions, images, labels, request.augment, request.choices())
         except (BadInput, Unreachable) as fault:  # torch would hand it over with a traceback in its message
             return fault
         return (images, labels), [made for number, made in self._substitutes.made.items() if number not in known]

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import yaml
 
 from harness.config import BadInput
 from harness.data import remote, shards
@@ -167,17 +168,32 @@ def test_an_index_of_remote_shards_is_that_of_local_ones(tmp_path, monkeypatch):
         shards.index_shards(listed, tmp_path / "x")
 
 
-def test_shards_that_a_node_cannot_keep_are_warned_of(tmp_path, monkeypatch):
+def test_a_plan_warns_of_shards_that_a_node_cannot_keep(tmp_path, monkeypatch):
+    from harness.config import Local
+    from harness.study import load
+    from launch.plan import plan_warnings
+
     monkeypatch.setenv("WRBENCH_CACHE", str(tmp_path / "cache"))
     folder = tars.small(tmp_path / "www")
-    local = shards.index_shards(folder, tmp_path / "local")
+    shards.index_shards(folder)
     with serving(folder) as (address, _):
-        index = shards.index_shards(f"{address}/{{train-{{000000..000001}},val-000000}}.tar", tmp_path / "remote")
-    assert remote.overflow(index) == []
-    monkeypatch.setenv("WRBENCH_CACHE_GB", "0")
-    (line,) = remote.overflow(index)
-    assert line.startswith(f"{address}: has ") and line.endswith("on the nodes set WRBENCH_CACHE_GB=1 or more")
-    assert remote.overflow(local) == []
+        shards.index_shards(f"{address}/{{train-{{000000..000001}},val-000000}}.tar", tmp_path / "remote")
+
+        def warnings(path):
+            data = tars.DATA | {"path": str(path)}
+            study = {
+                "workload": {"name": "mnist5k_cnn", "data": data},
+                "arms": {"A": {"optimizer": {"name": "adam", "lr": 0.001}, "schedule": {"name": "cosine"}}},
+            }
+            study |= {"search": {"seeds": 1}, "budget": {"epochs": 1, "global_batch_size": tars.BATCH}}
+            (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+            return [line for line in plan_warnings(load(tmp_path / "study.yaml"), Local(executor="local")) if "WRBENCH_CACHE_GB" in line]
+
+        assert warnings(tmp_path / "remote") == []
+        monkeypatch.setenv("WRBENCH_CACHE_GB", "0")
+        (line,) = warnings(tmp_path / "remote")
+        assert line.startswith(f"{address}: has ") and line.endswith("on the nodes set WRBENCH_CACHE_GB=1 or more")
+        assert warnings(folder) == []
 
 
 def test_an_epoch_over_http_is_that_of_local_shards(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_index_says_what_the_tars_hold(folder):
     made = shards.index_shards(folder)
     loaded = Index.load(folder)
     assert loaded.sha256 == made.sha256 and loaded.shards == made.shards and loaded.extensions == ("png",)
-    assert all((getattr(loaded, c) == getattr(made, c)).all() for c in COLUMNS)
+    assert all((getattr(loaded, c) == getattr(made, c)).all() for c in ("key", *COLUMNS))
     assert [(s.name, s.split, s.samples) for s in loaded.shards] == [
         ("train-000000.tar", "train", 64), ("train-000001.tar", "train", 64), ("val-000000.tar", "val", 25),
     ]  # fmt: skip
@@ -388,7 +388,7 @@ def test_what_cannot_be_loaded_as_an_index(indexed, folder, tmp_path):
 def test_an_index_whose_fields_or_arrays_are_not_what_they_should_be(indexed, nonsense):
     file = indexed / NAME
     with np.load(file) as archive:
-        columns = {column: archive[column] for column in COLUMNS}
+        columns = {column: archive[column] for column in ("key", *COLUMNS)}
         manifest = json.loads(archive["manifest.json"])
     np.savez(file, **(columns | {k: v for k, v in nonsense.items() if k in columns}))
     with zipfile.ZipFile(file, "a") as archive:
@@ -549,3 +549,13 @@ def test_keys_are_read_when_they_are_asked_for_and_never_those_of_another_index(
     (folder / "index.npz").unlink()
     with pytest.raises(BadInput, match=r"index.npz: has changed since it was opened"):
         second.where(5)
+
+
+def test_damaged_keys_are_found_when_an_index_is_opened(indexed):
+    file = indexed / NAME
+    with zipfile.ZipFile(file) as archive:
+        after = min(info.header_offset for info in archive.infolist() if info.header_offset > archive.getinfo("key.npy").header_offset)
+    content = bytearray(file.read_bytes())
+    content[after - 20] ^= 1
+    file.write_bytes(content)
+    assert "is damaged or no index" in one_line(Index.load, indexed)
