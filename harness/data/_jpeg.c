@@ -107,17 +107,17 @@ static int decode_box(const Py_buffer *bytes, unsigned char *out, int channels, 
     if (columns < jpeg.output_width)
         jpeg_crop_scanline(&jpeg, &first, &columns); /* widens both to whole blocks */
     int ours = take_over(&jpeg, &scan, first, columns);
-    *row = malloc((size_t)jpeg.output_width * channels);
+    *row = malloc((size_t)jpeg.output_width * channels + 1);
     if (*row == NULL)
         ERREXIT1(&jpeg, JERR_OUT_OF_MEMORY, 0);
     if (box.top > MARGIN)
         jpeg_skip_scanlines(&jpeg, box.top - MARGIN);
-    JSAMPROW rows[1] = {*row};
+    JSAMPROW rows[1] = {*row + 1}; /* where it is aligned libjpeg-turbo writes past the caches, and reading it back takes longer */
     while (jpeg.output_scanline < box.top + box.height) {
         JDIMENSION at = jpeg.output_scanline;
         jpeg_read_scanlines(&jpeg, rows, 1);
         if (at >= box.top)
-            memcpy(out + (size_t)(at - box.top) * box.width * channels, *row + (size_t)(box.left - first) * channels,
+            memcpy(out + (size_t)(at - box.top) * box.width * channels, rows[0] + (size_t)(box.left - first) * channels,
                    (size_t)box.width * channels);
     }
     if (jpeg.output_scanline == jpeg.output_height) {
