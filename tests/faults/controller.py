@@ -27,7 +27,7 @@ NODES: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": 1, "stall_timeout
 ONE: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None, "stall_timeout_seconds": 600}
 
 
-@fault("slurmctld restarted in the middle; down exactly when the signal comes", slurm=True, waits=True)
+@fault("slurmctld restarted in the middle; down exactly when the signal comes", slurm=True, beside=True)
 def absent_controller(lab: Lab) -> Iterator[Row]:
     seldom = {"every_epochs": 5}
     budget = {"epochs": 25 if lab.thorough else 15}
@@ -110,7 +110,7 @@ def _saved(folder: TrialFolder) -> float | None:
 # --------------------------------------------------------------------------------------------------------- held
 
 
-@fault("a job that SLURM holds", slurm=True, waits=True)
+@fault("a job that SLURM holds", slurm=True, beside=True)
 def held(lab: Lab) -> Iterator[Row]:
     study = Study(lab.folder, lab.data, ONE, ranks=1, budget={"epochs": 4})
     study.submit()
@@ -136,7 +136,7 @@ def held(lab: Lab) -> Iterator[Row]:
 # -------------------------------------------------------------------------------------------------- no slurmdbd
 
 
-@fault("no slurmdbd", slurm=True, waits=True)
+@fault("no slurmdbd", slurm=True, beside=True)
 def no_accounting(lab: Lab) -> Iterator[Row]:
     with lab.another_cluster(accounting=False) as cluster:
         assert subprocess.run(["sacct"], capture_output=True, timeout=60).returncode != 0, "sacct answers"

@@ -214,7 +214,7 @@ def server_away(lab: Lab) -> Iterator[Row]:
 # --------------------------------------------------------------------------------------------- one SQLite store
 
 
-@fault("12 trials of the local executor write to one SQLite store at once", slurm=False)
+@fault("12 trials of the local executor write to one SQLite store at once", slurm=False, beside=True)
 def one_database(lab: Lab) -> Iterator[Row]:
     """First by the submission's one delivering process; then by one process a trial, as jobs have, which all begin with no database."""
     trials = 12 if lab.thorough else 3

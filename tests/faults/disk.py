@@ -98,7 +98,7 @@ def _trial(lab: Lab, arm: str, backend: str) -> Trial:
     )  # fmt: skip
 
 
-@fault("the disk full for a while", slurm=False)
+@fault("the disk full for a while", slurm=False, beside=True)
 def full_disk(lab: Lab) -> Iterator[Row]:
     from tests.integration.ranks import finish, history
 

@@ -342,7 +342,7 @@ def _stand_still(lab: Lab, stall: Stall, study: Study) -> tuple[float, str | Non
     return seconds, f"{stall.what}: ranks {left} live on" if left else None
 
 
-@fault("one rank stopped, a collective that hangs", slurm=True, waits=True)
+@fault("one rank stopped, a collective that hangs", slurm=True, beside=True)
 def stalls(lab: Lab) -> Iterator[Row]:
     if lab.thorough:
         groups = [[(stall, *pair) for stall in STALLS] for pair in PAIRS[:2]]

@@ -80,8 +80,8 @@ class Fault:
     slurm: bool
     """needs a SLURM cluster"""
     rows: Callable[[Lab], Iterator[Row]]
-    waits: bool = False
-    """most of the time for SLURM's clock, so that `make faults` runs it beside the others, on a cluster of its own"""
+    beside: bool = False
+    """`make faults` runs it beside the others, on a cluster of its own: it mostly waits for SLURM's clock, or judges no seconds"""
     urgent: bool = False
     """judges seconds that a busy machine would stretch: before the others with a cluster"""
 
@@ -90,24 +90,24 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(
-    name: str, *, slurm: bool, waits: bool = False, urgent: bool = False
+    name: str, *, slurm: bool, beside: bool = False, urgent: bool = False
 ) -> Callable[[Callable[[Lab], Iterator[Row]]], Callable[[Lab], Iterator[Row]]]:
     """Registers a fault under its line in the table of what `make faults` shows, in a few words."""
 
     def register(rows: Callable[[Lab], Iterator[Row]]) -> Callable[[Lab], Iterator[Row]]:
         assert name not in FAULTS, name
-        FAULTS[name] = Fault(name, slurm, rows, waits, urgent)
+        FAULTS[name] = Fault(name, slurm, rows, beside, urgent)
         return rows
 
     return register
 
 
 def load() -> dict[str, Fault]:
-    """Every fault of every module of this package, those without a cluster first, and then the urgent ones."""
+    """Every fault of every module of this package, the urgent ones first; at the end what would disturb them, beside, without a cluster."""
     for module in pkgutil.iter_modules(tests.faults.__path__):
         if module.name != "__main__":
             importlib.import_module(f"tests.faults.{module.name}")
-    return dict(sorted(FAULTS.items(), key=lambda item: (item[1].slurm, not item[1].urgent)))
+    return dict(sorted(FAULTS.items(), key=lambda item: (not item[1].urgent, item[1].beside and not item[1].slurm)))
 
 
 # --------------------------------------------------------------------------------------------------------- run

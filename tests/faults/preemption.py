@@ -28,6 +28,8 @@ from tests.slurm.study import BACKENDS, Study, repeated, steps, until
 
 INTERVAL = 35
 """steps between two checkpoints: an epoch"""
+EPOCHS = 6
+"""of the trials that are preempted; faulty_rank's `pace` gives them their seconds, so that a slow machine has no more to do"""
 WHOLE_GPUS = {"tasks_per_node": 1, "gpus_per_node": None, "sbatch": {"gres": "gpu:2"}}
 """two nodes and all their GPUs, so that a job which wants these takes them from this trial alone"""
 UNTOUCHED = {"tasks_per_node": 1, "gpus_per_node": None, "partition": "high"}
@@ -183,13 +185,12 @@ def left_behind(cluster: Cluster, pairs: Sequence[Pair], seconds: float = 10) ->
 @fault("preemptions at random steps, USR2 heard", slurm=True)
 def heard(lab: Lab) -> Iterator[Row]:
     """Thorough: all trials at a time, on eight nodes, slow enough that each trains for a minute. Else: two, on the cluster's four."""
-    chosen, times, epochs = (PAIRS, 5, 12) if lab.thorough else (PAIRS[:2], 1, 6)
-    pace = f"*=pace@{150 if lab.thorough else 60}"
+    chosen, times, pace = (PAIRS, 5, 300) if lab.thorough else (PAIRS[:2], 1, 60)
     with lab.another_cluster(nodes=8) if lab.thorough else nullcontext(lab.cluster) as cluster:
         pairs = []
         for number, (backend, arm) in enumerate(chosen):
-            python = f"{PYTHON} {'' if number % 2 else '*=fork@1,'}{pace}"
-            pairs.append(Pair(lab, "heard", backend, arm, epochs, WHOLE_GPUS | {"python": python}))
+            python = f"{PYTHON} {'' if number % 2 else '*=fork@1,'}*=pace@{pace}"
+            pairs.append(Pair(lab, "heard", backend, arm, EPOCHS, WHOLE_GPUS | {"python": python}))
         at = [draw(lab, pair, times) for pair in pairs]
         forked = [None if number % 2 else (cluster, FORKED) for number in range(len(pairs))]
         with ThreadPoolExecutor(len(pairs)) as pool:
@@ -217,18 +218,18 @@ def heard(lab: Lab) -> Iterator[Row]:
 
 @fault("preemption where only TERM comes, and KILL with no warning", slurm=True)
 def otherwise(lab: Lab) -> Iterator[Row]:
-    times, epochs = (3, 12) if lab.thorough else (1, 6)
+    times, pace = (3, 120) if lab.thorough else (1, 60)
     with lab.another_cluster(preempt_send_user_signal=False, grace_seconds=30, nodes=8 if lab.thorough else 4) as cluster:
         abrupt = ["PartitionName=abrupt", "Nodes=ALL", "PriorityTier=1", "PreemptMode=REQUEUE", "GraceTime=0"]
         subprocess.run(["scontrol", "create", *abrupt], check=True, capture_output=True, timeout=60)
-        python = f"{PYTHON} *=pace@60"
+        python = f"{PYTHON} *=pace@{pace}"
         kinds: dict[str, dict[str, Any]] = {
             "only TERM": WHOLE_GPUS | {"python": python},
             "only KILL": WHOLE_GPUS | {"python": DEAF + python, "partition": "abrupt"},
         }
         chosen = {"only KILL": (PAIRS[0], PAIRS[3]), "only TERM": (PAIRS[1], PAIRS[2])}
         pairs = {
-            kind: [Pair(lab, kind, *pair, epochs, kinds[kind]) for pair in chosen[kind][: None if lab.thorough else 1]] for kind in kinds
+            kind: [Pair(lab, kind, *pair, EPOCHS, kinds[kind]) for pair in chosen[kind][: None if lab.thorough else 1]] for kind in kinds
         }
         every = [pair for of_kind in pairs.values() for pair in of_kind]
         at = [draw(lab, pair, times) for pair in every]
@@ -258,11 +259,11 @@ def otherwise(lab: Lab) -> Iterator[Row]:
             yield row(f"{kind}: wrong in MLflow, processes left", wrong + left, 0, told)
 
 
-@fault("time limit", slurm=True, waits=True)
+@fault("time limit", slurm=True, beside=True)
 def time_limit(lab: Lab) -> Iterator[Row]:
     """SLURM sends the signal 10 to 40 s before the end of a minute. Steps are slow until the limit has come often enough."""
-    often, epochs = (3, 12) if lab.thorough else (1, 3)
-    slow = "*=thrice@500" if lab.thorough else "*=slow@500"  # for three lives, for one: too slow to end in them
+    often, epochs = (3, EPOCHS) if lab.thorough else (1, 3)
+    slow = "*=thrice@1000" if lab.thorough else "*=slow@500"  # for three lives, for one: too slow to end in them
     limit = {"tasks_per_node": 1, "gpus_per_node": 1, "time_minutes": 1, "signal_lead_seconds": 10}
     limit |= {"python": f"{PYTHON} {slow}"}  # type: ignore[dict-item]
     (of_long, of_short) = ((PAIRS[0], PAIRS[1]), (PAIRS[2], PAIRS[3])) if lab.thorough else (PAIRS[:1], PAIRS[1:2])
