@@ -402,7 +402,7 @@ class L2(Frozen):
 
     name: Literal["l2"]
     weight_decay: Number = Field(ge=0, description="coefficient of theta in the gradient", examples=[0.0005])
-    exempt_1d: bool = Field(False, description="true: parameters of at most one dimension (norms, biases) do not decay")
+    exempt_1d: bool = Field(False, description="true: parameters of one value a channel (norms, biases, layer scales) do not decay")
 
 
 class Decoupled(Frozen):
@@ -414,7 +414,7 @@ class Decoupled(Frozen):
     units: Literal["paper", "torch"] = Field(
         "paper", description="raw decay only. paper: lambda; torch: lambda / alpha, as torch, timm and DeepSpeed read it"
     )
-    exempt_1d: bool = Field(False, description="true: parameters of at most one dimension (norms, biases) do not decay")
+    exempt_1d: bool = Field(False, description="true: parameters of one value a channel (norms, biases, layer scales) do not decay")
 
     @model_validator(mode="after")
     def _units_mean_something(self) -> Self:

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -355,6 +356,24 @@ def test_another_build_does_not_go_on_from_a_failed_one(tmp_path):
     build("folder", src, tmp_path / "undisturbed", Options(shard_samples=3))
     assert files(out) == files(tmp_path / "undisturbed")
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+@pytest.mark.parametrize("quality", [None, 50])
+def test_another_pillow_goes_on_only_where_nothing_is_encoded(tmp_path, monkeypatch, quality):
+    src, out = tmp_path / "src", tmp_path / "out"
+    sources.folder(src)
+    bad = src / "val" / "dog" / "v1.jpg"
+    good = bad.read_bytes()
+    bad.write_bytes(bytes(len(good)))
+    one_line(build, "folder", src, out, Options(shard_samples=3, quality=quality))
+    bad.write_bytes(good)
+    monkeypatch.setattr(PIL, "__version__", "1.0")
+    if quality:
+        assert "is the beginning of another build (pillow " in one_line(
+            build, "folder", src, out, Options(shard_samples=3, quality=quality)
+        )
+    else:
+        build("folder", src, out, Options(shard_samples=3))
 
 
 def written(value, protocol, numpy=2):

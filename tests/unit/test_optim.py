@@ -131,6 +131,15 @@ def test_param_groups_cover_every_parameter_once() -> None:
                 assert not decay.get("exempt_1d") or all(p.ndim > 1 for p in group["params"])
 
 
+def test_layer_scales_are_spared_like_other_values_of_channels() -> None:
+    net = torch.nn.ParameterDict(
+        {name: torch.ones(shape) for name, shape in (("layer_scale", (8, 1, 1)), ("depthwise", (8, 1, 7, 7)), ("token", (1, 1, 8)))}
+    )
+    decaying, exempt = optim.param_groups(net.named_parameters(), trial(decay={"name": "l2", "exempt_1d": True}).decay)
+    assert [tuple(p.shape) for p in exempt["params"]] == [(8, 1, 1)]
+    assert len(decaying["params"]) == 2
+
+
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_large_tensors_are_updated_whole_whatever_their_memory_order(order: torch.memory_format) -> None:
     t = trial(optimizer=SGD, decay={"name": "decoupled", "weight_decay": 0.1})
