@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0 torchvision==0.28.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
+# Tests start hundreds of processes: each finds what the first has compiled, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: faults soak setup demo test unit lint integration test-ui test-slurm slurm-up slurm-down bench bench-data bench-read calibrate results equivalence gpu-check clean
 .DEFAULT_GOAL := test

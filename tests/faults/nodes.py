@@ -9,17 +9,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from json import loads
 
+from harness.study import load
 from launch import slurm
+from launch.status import rows
 from tests.faults.kills import PAIRS, PYTHON, Undisturbed, Watched, is_alive, one, only, tallied
 from tests.faults.lab import Lab, fault
 from tests.report import Row, row
 from tests.slurm.cluster import Cluster
 from tests.slurm.study import Study, steps, until
 
-NODES = 12
-"""seven are in use at once, four of them are lost"""
+NODES = 8
+"""four are in use at once, and as many when the undisturbed trials run"""
 STEP = 300
 """milliseconds, in the first life: to be cut off for a while and still be training"""
 SECONDS = 90
@@ -54,7 +55,9 @@ LOSSES = (
 class Case:
     loss: Loss
     study: Study
-    undisturbed: Undisturbed
+    lab: Lab
+    pair: tuple[str, str]
+    """backend, arm"""
     seconds: float = 0.0
     """until it trained again"""
     left: float = 0.0
@@ -76,18 +79,19 @@ class Case:
             until(lambda: any(line["attempt"] > old and "metrics" in line for line in watched.lines()), every=0.1)
             self.seconds = time.monotonic() - began
             self.left = leaving.result()
+        undisturbed = Undisturbed(self.lab, *self.pair)  # not earlier: it must not take the cores from what is timed
         self.study.wait("finished")
         until(lambda: not self.study.in_queue())
-        self._judge(watched, old, claimed)
+        self._judge(watched, old, claimed, undisturbed)
 
     @staticmethod
     def _leave(processes: Sequence[int], claimed: float) -> float:
         until(lambda: not any(map(is_alive, processes)), every=0.1)
         return time.time() - claimed
 
-    def _judge(self, watched: Watched, old: int, claimed: float) -> None:
+    def _judge(self, watched: Watched, old: int, claimed: float, undisturbed: Undisturbed) -> None:
         lines, lives = watched.lines(), self.study.entry(watched.folder).lives
-        if differs := self.undisturbed.differs(watched.folder):
+        if differs := undisturbed.differs(watched.folder):
             self.wrong.append(differs)
         resumed = next(line["resumed_from"] for line in lines if line["attempt"] > old and line.get("event") == "start")
         late = [
@@ -107,15 +111,17 @@ class Case:
 
 @contextmanager
 def _reported(studies: Sequence[Study]) -> Iterator[set[str]]:
-    """What `wrbench study status` calls the trials meanwhile."""
+    """What `wrbench study status` says of the trials meanwhile; by its function, as the command also delivers, with most of a core."""
     states, over = set[str](), threading.Event()
 
     def ask() -> None:
         while not over.is_set():
             for study in studies:
-                code, out, err = study.run("status", "--json")
-                states.update([t["state"] for t in loads(out)["trials"]] if code == 0 else [err])
-                over.wait(2)  # each delivers what is new, too: not all of a core
+                try:
+                    states.update(found.state for found in rows(load(study.file), study.store))
+                except Exception as error:  # of a thread it would be lost
+                    states.add(f"{type(error).__name__}: {error}")
+                over.wait(1)
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -128,15 +134,17 @@ def _reported(studies: Sequence[Study]) -> Iterator[set[str]]:
 
 @fault("a node dies; slurmd alone dies", slurm=True, urgent=True)
 def nodes(lab: Lab) -> Iterator[Row]:
+    """Two trials at a time."""
     cases, states = list[Case](), set[str]()
-    for turned in (False, True) if lab.thorough else (False,):
-        with lab.another_cluster(nodes=NODES) as cluster:
-            happened = _happen(lab, cluster, turned, states)
-            for name in (case.node for case in happened):
-                cluster.start_node(name)
-            until(lambda cluster=cluster: _idle(cluster) == NODES, 60)
-        cases += happened
-    told = ", ".join(f"{case.loss.name} ({case.undisturbed.key[0]}) {case.seconds:.0f} s" for case in cases)
+    with lab.another_cluster(nodes=NODES) as cluster:
+        for turned in (False, True) if lab.thorough else (False,):
+            for losses in (LOSSES[:2], LOSSES[2:]):
+                happened = _happen(lab, cluster, losses, PAIRS[1::-1] if turned else PAIRS[:2], states)
+                for name in (case.node for case in happened):
+                    cluster.start_node(name)
+                until(lambda: _idle(cluster) == NODES, 60)
+                cases += happened
+    told = ", ".join(f"{case.loss.name} ({case.pair[0]}) {case.seconds:.0f} s" for case in cases)
     yield row(
         "nodes: seconds until it trained again, at most", max(c.seconds for c in cases), SECONDS if lab.thorough else 2 * SECONDS, told
     )
@@ -148,24 +156,23 @@ def nodes(lab: Lab) -> Iterator[Row]:
         TO_LEAVE if lab.thorough else 3 * TO_LEAVE,
         f"after the claim: {leaving}",
     )
-    wrong = [f"{case.loss.name} ({case.undisturbed.key[0]}): {what}" for case in cases for what in case.wrong]
+    wrong = [f"{case.loss.name} ({case.pair[0]}): {what}" for case in cases for what in case.wrong]
     yield row("nodes: trials that did not end as undisturbed", len(wrong), 0, f"of {len(cases)} {'; '.join(wrong)}")
     other = sorted(states - {"queued", "running", "finished"})
     yield row("nodes: reported as anything else than queued, running or finished", len(other), 0, f"{other or ', '.join(sorted(states))}")
     yield row("nodes: points missing or doubled in MLflow", *_tallied([case.study for case in cases]))
 
 
-def _happen(lab: Lab, cluster: Cluster, turned: bool, states: set[str]) -> list[Case]:
+def _happen(lab: Lab, cluster: Cluster, losses: Sequence[Loss], pairs: Sequence[tuple[str, str]], states: set[str]) -> list[Case]:
     cases = []
-    for number, loss in enumerate(LOSSES):
-        backend, arm = PAIRS[(number % 2) ^ turned]
+    for loss, pair in zip(losses, pairs, strict=True):
         asked = {
             "python": f"{PYTHON} *=slow@{STEP}", "tasks_per_node": 2 // loss.nodes, "gpus_per_node": 2 // loss.nodes,
             "sbatch": {"exclusive": True}, "stall_timeout_seconds": 120,
         }  # fmt: skip
-        study = one(lab, f"{number}-{backend}", backend, arm, asked)
+        study = one(lab, f"{loss.name}-{pair[0]}".replace(" ", "-"), *pair, asked)
         study.submit()
-        cases.append(Case(loss, study, Undisturbed(lab, backend, arm)))
+        cases.append(Case(loss, study, lab, pair))
     with _reported([case.study for case in cases]) as found, ThreadPoolExecutor() as pool:
         for happening in [pool.submit(case.happen, cluster) for case in cases]:
             happening.result()
