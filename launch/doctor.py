@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -68,6 +70,7 @@ def findings(store: Store) -> Iterator[Finding]:
     """Everything looked at, in order; torch only in child processes, which may crash without harm."""
     yield _python()
     yield from _torch()
+    yield from _bytecode()
     yield _child("torchvision", _TORCHVISION, required=True, meaning="models and image transforms")
     yield _child("deepspeed", _DEEPSPEED, required=False, meaning="the DeepSpeed backend")
     yield _package("submitit", "starts the ranks of a trial")
@@ -114,6 +117,33 @@ def _torch() -> Iterator[Finding]:
         yield Finding("GPUs", False, f"{driver} in the machine, but this build of torch cannot use them", fix)
     else:
         yield Finding("GPUs", False, f"none: trials train on the CPU ({os.cpu_count()} cores) over gloo")
+
+
+def _bytecode() -> Iterator[Finding]:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return
+    folder = Path(spec.origin).parent
+    sources = sorted(folder.glob("*.py"))
+    stale = [source for source in sources if not is_compiled(source)]
+    if not stale:
+        yield Finding("bytecode", True, f"compiled once for all ranks: {len(sources)} of {len(sources)} files looked at")
+        return
+    why = "every start of a rank compiles torch anew, for seconds; an environment that was copied without its files' dates does that"
+    fix = f"{sys.executable} -m compileall -q -f --invalidation-mode unchecked-hash {folder.parent}"
+    yield Finding("bytecode", False, f"stale or absent for {len(stale)} of {len(sources)} files looked at: {why}", fix)
+
+
+def is_compiled(source: Path) -> bool:
+    """Whether this Python would take a module's bytecode from beside its source (PEP 552)."""
+    try:
+        with open(importlib.util.cache_from_source(str(source)), "rb") as file:
+            magic, flags, date, size = (file.read(4) for _ in range(4))
+    except OSError:
+        return False
+    stat = source.stat()
+    expected = [(int(number) & 0xFFFFFFFF).to_bytes(4, "little") for number in (stat.st_mtime, stat.st_size)]
+    return magic == importlib.util.MAGIC_NUMBER and (flags != bytes(4) or [date, size] == expected)
 
 
 def _kernels() -> Finding:

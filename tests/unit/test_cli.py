@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import py_compile
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -225,6 +229,34 @@ sys.exit(status)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: TRIAL: 'x'")
+
+
+def test_the_doctor_sees_bytecode_that_python_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by Python itself: `-v` says of a module what its code came from."""
+    package = tmp_path / "torch"
+    package.mkdir()
+    source = package / "__init__.py"
+    source.write_text("VALUE = 1\n")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: SimpleNamespace(origin=str(source)))
+
+    def is_taken() -> bool:
+        command = [sys.executable, "-B", "-v", "-c", "import torch"]
+        said = subprocess.run(command, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=True).stderr
+        return f"code object from '{importlib.util.cache_from_source(str(source))}'" in said
+
+    def found() -> bool:
+        (finding,) = doctor._bytecode()
+        assert finding.ok or f"unchecked-hash {tmp_path}" in finding.fix
+        return finding.ok
+
+    assert (is_taken(), found()) == (False, False)
+    py_compile.compile(str(source))
+    assert (is_taken(), found()) == (True, True)
+    os.utime(source, (1, 1))  # what a copy without dates does
+    assert (is_taken(), found()) == (False, False)
+    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    os.utime(source, (2, 2))
+    assert (is_taken(), found()) == (True, True)
 
 
 def test_the_doctor_says_whether_triton_makes_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
