@@ -135,7 +135,7 @@ def test_layer_scales_are_spared_like_other_values_of_channels() -> None:
     net = torch.nn.ParameterDict(
         {name: torch.ones(shape) for name, shape in (("layer_scale", (8, 1, 1)), ("depthwise", (8, 1, 7, 7)), ("token", (1, 1, 8)))}
     )
-    decaying, exempt = optim.param_groups(net.named_parameters(), trial(decay={"name": "l2", "exempt_1d": True}).decay)
+    decaying, exempt = optim.param_groups(net.named_parameters(), trial(decay={"name": "l2", "weight_decay": 1.0, "exempt_1d": True}).decay)
     assert [tuple(p.shape) for p in exempt["params"]] == [(8, 1, 1)]
     assert len(decaying["params"]) == 2
 
