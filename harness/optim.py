@@ -208,7 +208,7 @@ def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], decay: No
     decaying: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for _, parameter in named_parameters:
-        a_value_a_channel = parameter.ndim <= 1 or parameter.numel() == len(parameter)  # the layer scales of ConvNeXt are (C, 1, 1)
+        a_value_a_channel = parameter.ndim == 0 or parameter.numel() == len(parameter)  # the layer scales of ConvNeXt are (C, 1, 1)
         spared = decay.name == "none" or (decay.exempt_1d and a_value_a_channel)
         (exempt if spared else decaying).append(parameter)
     return [{"params": group, "decays": decays} for group, decays in ((decaying, True), (exempt, False)) if group]

@@ -14,7 +14,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -125,25 +127,33 @@ def _bytecode() -> Iterator[Finding]:
         return
     folder = Path(spec.origin).parent
     sources = sorted(folder.glob("*.py"))
-    stale = [source for source in sources if not is_compiled(source)]
+    stale = [source for source in sources if not _is_compiled(source)]
     if not stale:
-        yield Finding("bytecode", True, f"compiled once for all ranks: {len(sources)} of {len(sources)} files looked at")
+        yield Finding("bytecode", True, f"compiled once for all ranks ({len(sources)} files of torch looked at)")
         return
     why = "every start of a rank compiles torch anew, for seconds; an environment that was copied without its files' dates does that"
     fix = f"{sys.executable} -m compileall -q -f --invalidation-mode unchecked-hash {folder.parent}"
-    yield Finding("bytecode", False, f"stale or absent for {len(stale)} of {len(sources)} files looked at: {why}", fix)
+    yield Finding("bytecode", False, f"stale or absent for {len(stale)} of {len(sources)} files of torch looked at: {why}", fix)
 
 
-def is_compiled(source: Path) -> bool:
-    """Whether this Python would take a module's bytecode from beside its source (PEP 552)."""
+class _NotCompiled(Exception):
+    pass
+
+
+class _Bytecode(SourceFileLoader):
+    """Python's own loader, which stops where it would compile."""
+
+    def source_to_code(self, *_: object, **__: object) -> NoReturn:  # type: ignore[override]
+        raise _NotCompiled
+
+
+def _is_compiled(source: Path) -> bool:
+    """Whether this Python would take a module's bytecode, and not compile its source."""
     try:
-        with open(importlib.util.cache_from_source(str(source)), "rb") as file:
-            magic, flags, date, size = (file.read(4) for _ in range(4))
-    except OSError:
+        _Bytecode(source.stem, str(source)).get_code(source.stem)
+    except _NotCompiled:
         return False
-    stat = source.stat()
-    expected = [(int(number) & 0xFFFFFFFF).to_bytes(4, "little") for number in (stat.st_mtime, stat.st_size)]
-    return magic == importlib.util.MAGIC_NUMBER and (flags != bytes(4) or [date, size] == expected)
+    return True
 
 
 def _kernels() -> Finding:

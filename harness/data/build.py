@@ -85,7 +85,7 @@ def build(
         made = {"kind": kind, "version": VERSION, **asdict(options), "source": _fingerprint(source)}
         if (there := _already_built(out, made)) is not None:
             return f"{out}: complete already, nothing to do: {_summary(there)}"
-        # a shard begun anew must come out the same, and what is encoded depends on Pillow; what it has finished does not
+        # of an unfinished build alone, whose shards must be of one kind: a complete one stays what it is under any Pillow
         encoder = {"pillow": PIL.__version__} if source.shape or options.quality or options.max_side else {}
         _same_as_before(work, made | encoder)
         shards = work / "shards"

@@ -103,7 +103,7 @@ def fault(
 
 
 def load() -> dict[str, Fault]:
-    """Every fault of every module of this package, the urgent ones first; at the end what would disturb them, beside, without a cluster."""
+    """Every fault of every module of this package: the urgent ones first, and last those beside that use all cores, without a cluster."""
     for module in pkgutil.iter_modules(tests.faults.__path__):
         if module.name != "__main__":
             importlib.import_module(f"tests.faults.{module.name}")

@@ -20,7 +20,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.study import Study, steps, until
 
 NODES = 8
-"""four are in use at once, and as many when the undisturbed trials run"""
+"""four are in use at once, and at most two of them lost"""
 STEP = 300
 """milliseconds, in the first life: to be cut off for a while and still be training"""
 SECONDS = 90
@@ -111,7 +111,7 @@ class Case:
 
 @contextmanager
 def _reported(studies: Sequence[Study]) -> Iterator[set[str]]:
-    """What `wrbench study status` says of the trials meanwhile; by its function, as the command also delivers, with most of a core."""
+    """What `wrbench study status` says of the trials meanwhile; by its function: the command also delivers, and imports MLflow for it."""
     states, over = set[str](), threading.Event()
 
     def ask() -> None:
@@ -137,9 +137,9 @@ def nodes(lab: Lab) -> Iterator[Row]:
     """Two trials at a time."""
     cases, states = list[Case](), set[str]()
     with lab.another_cluster(nodes=NODES) as cluster:
-        for turned in (False, True) if lab.thorough else (False,):
+        for pairs in (PAIRS[:2], PAIRS[1::-1]) if lab.thorough else (PAIRS[:2],):
             for losses in (LOSSES[:2], LOSSES[2:]):
-                happened = _happen(lab, cluster, losses, PAIRS[1::-1] if turned else PAIRS[:2], states)
+                happened = _happen(lab, cluster, losses, pairs, states)
                 for name in (case.node for case in happened):
                     cluster.start_node(name)
                 until(lambda: _idle(cluster) == NODES, 60)
