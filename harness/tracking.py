@@ -64,9 +64,6 @@ ATTEMPT_TAGS = (
 EVERY, AT_MOST = 2.0, 30.0
 """seconds between two passes of a delivering process: when all is well, and when passes are slow or fail"""
 
-AWAY = 5.0
-"""seconds between two looks for a server that does not answer"""
-
 PATIENCE = 30.0
 """seconds that `deliver` waits in all for trials that somebody else is delivering this moment"""
 
@@ -671,7 +668,7 @@ class _Deliverer:
         while not last:
             last = self.told.wait(wait)
             if self.failures and not last and not _answers(tracking_uri(self.store), 10.0):
-                wait = AWAY  # not ever longer: what piles up while nobody looks would hold up the end
+                wait = EVERY  # not ever longer: what piles up while nobody looks would hold up the end
                 continue
             began = time.monotonic()
             self._pass(last)

@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from harness import journal
 from launch.status import hours
+from tests.faults.kills import PYTHON
 from tests.faults.lab import a_cluster, digits, put_right, tally
 from tests.report import Row, publish, row
 from tests.slurm.cluster import Cluster
@@ -23,6 +25,10 @@ from tests.slurm.study import ADAMW, BACKENDS, SGDW, Study, repeated, until
 
 SHAPE = {"tasks_per_node": 1, "gpus_per_node": 1, "max_retries": 10, "stall_timeout_seconds": 60}
 """two nodes of one rank each; a fault a minute may well hit a trial several times before its first checkpoint"""
+PACE = {"python": f"{PYTHON} *=pace@250"}
+"""of the trials that faults hit: a quarter of a second a step, in which they wait, so that the undisturbed ones have little to do"""
+EPOCHS_A_MINUTE = 5
+"""of 35 steps: three quarters of the time, the rest goes to starts"""
 
 
 def main() -> int:
@@ -40,13 +46,18 @@ def main() -> int:
 
 def soak(folder: Path, cluster: Cluster, minutes: float, rng: random.Random) -> list[Row]:
     data, _ = digits(folder)
-    arms, epochs = {"AdamWR": ADAMW, "SGDWR": SGDW}, max(3, round(12 * minutes))
-    studies = [
-        Study(folder / f"faults-{name}", data, SHAPE, name=name, arms=arms, backend=backend, budget={"epochs": epochs}, ranks=2)
-        for name, backend in BACKENDS.items()
-    ]
-    for study in studies:
-        study.submit()
+    arms, epochs = {"AdamWR": ADAMW, "SGDWR": SGDW}, max(3, round(EPOCHS_A_MINUTE * minutes))
+
+    def submitted(kind: str, cluster_file: dict[str, Any]) -> list[Study]:
+        found = [
+            Study(folder / f"{kind}-{name}", data, cluster_file, name=name, arms=arms, backend=backend, budget={"epochs": epochs}, ranks=2)
+            for name, backend in BACKENDS.items()
+        ]
+        for study in found:
+            study.submit()
+        return found
+
+    studies = submitted("faults", SHAPE | PACE)
     done, end = [], time.monotonic() + 60 * minutes
     while time.monotonic() < end and any(s.live for study in studies for s in study.trials().values()):
         time.sleep(min(rng.uniform(40, 80), max(0.0, end - time.monotonic())))
@@ -61,12 +72,7 @@ def soak(folder: Path, cluster: Cluster, minutes: float, rng: random.Random) -> 
         study.wait("finished", seconds=900)
     left = _left(cluster, studies)
     put_right(cluster)
-    undisturbed = [
-        Study(folder / f"none-{name}", data, SHAPE, name=name, arms=arms, backend=backend, budget={"epochs": epochs}, ranks=2)
-        for name, backend in BACKENDS.items()
-    ]
-    for study in undisturbed:
-        study.submit()
+    undisturbed = submitted("none", SHAPE)
     differ = 0
     for faulty, calm in zip(studies, undisturbed, strict=True):
         calm.wait("finished", seconds=1800)
