@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ STOPPED = ("preempted", "time limit", "stopped")
 """kinds of ends after which the task goes back into the queue"""
 NO_FAILURE = (*STOPPED, "terminated", "superseded", "cancelled", "port")
 """kinds of ends that say nothing against the trial"""
+ROOM = 1 << 20
+"""bytes without which a trial is not begun: it could not even say how it ended"""
 PORTS = 16
 """for each job to meet at; the ranks bind one seconds after it was found free, so it must not be another job's choice"""
 TO_DELIVER = 2.0
@@ -95,9 +98,15 @@ class Supervisor:
                     sender = tracking.start_delivery(self.store, self.given.study, [trial_id])
                     delivering.callback(sender.stop, TO_DELIVER)
                 while not self._over(trial_id, folder):
-                    if self.attempt and self._is_late():  # the signal comes once, and what begins now would not hear it
+                    has_room = _has_room(folder.path)
+                    if (self.attempt or not has_room) and self._is_late():  # the signal comes once, and what begins now would not hear it
                         delivering.close()
                         return self._requeue("time limit", trial, folder)
+                    if not has_room:
+                        if self.terminated:
+                            return 0
+                        time.sleep(10 * POLL)
+                        continue
                     end = self._live(trial, folder)
                     if end.kind in ("superseded", "terminated"):
                         return 0
@@ -216,7 +225,8 @@ class Supervisor:
         if entry.cancelled:
             return End(state, "cancelled")
         stopping = (signal.SIGTERM, signal.Signals[f"SIG{self.cluster.signal}"])
-        by_signal = exit_status - 128 in stopping and _first_end(log) in (None, *map(signal.strsignal, stopping))
+        full = not _has_room(folder.path)  # neither the ranks nor srun could say then how they ended
+        by_signal = not full and exit_status - 128 in stopping and _first_end(log) in (None, *map(signal.strsignal, stopping))
         if any(line.get("event") == "stop" for line in own) or (by_signal and not stalled):
             return End(state, self._why_stopped())
         if self.terminated:
@@ -226,6 +236,8 @@ class Supervisor:
         if exit_status == 0:
             return End(state, "superseded")
         error = next((line["error"] for line in own if line.get("event") == "end"), None) or _logged(log)
+        if full and error is None:
+            return End(state, "disk", f"no room for the trial's files; srun ended with {exit_status}")
         found = failure.kind(error, exit_status, self._slurms_word() or _launch_failure(log))
         return End(state, found, error or f"srun ended with {exit_status}")
 
@@ -338,6 +350,20 @@ def _first_end(log: Path) -> str | None:
     said = Path(f"{log}_srun_log.err").read_text(errors="replace")
     found = re.search(r"^srun: error: \S+ tasks? [-,\d]+: (.*)$", said, re.M)
     return found[1] if found else None
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether something can be written there; a file's last block takes a line or two also on a full disk."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+            file.flush()
+            os.fsync(file.fileno())  # a file system may find out late
+    except OSError as full:
+        if full.errno not in journal.NO_ROOM:
+            raise
+        return False
+    return True
 
 
 def _is_free(port: int) -> bool:

@@ -11,15 +11,18 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from harness import checkpoint, journal, tracking
 from harness.config import Trial
 from harness.store import Store, TrialFolder
+from tests.faults.kills import PAIRS, Undisturbed, Watched, is_alive, one, only, tallied
 from tests.faults.lab import Lab, fault, tally
 from tests.mlflow_server import empty_database
 from tests.report import Row, row
+from tests.slurm.study import steps, until
 
 SIZE = "48m"
 """room for MLflow's database, the journal and a few checkpoints of the small trial"""
@@ -125,6 +128,35 @@ def full_disk(lab: Lab) -> Iterator[Row]:
                 yield row(f"{name}: weights unequal to undisturbed", unequal, 0, f"{result['state']} in {result['attempts']} attempt(s)")
                 lost = found.wrong + len(undisturbed.items() ^ history(folder).items())
                 yield row(f"{name}: points lost or doubled", lost, 0, f"{found}; {'; '.join(left)}", ok=not left and found.settled > 0)
+
+
+@fault("the disk full under jobs", slurm=True, beside=True)
+def full_under_jobs(lab: Lab) -> Iterator[Row]:
+    """All that a study writes is on that disk: it is full until the ranks have ended, and while they are to be started again."""
+    for backend, arm in PAIRS[:2] if lab.thorough else PAIRS[:1]:
+        undisturbed = Undisturbed(lab, backend, arm)
+        with small_disk(lab.folder / f"full-{backend}") as disk:
+            study = one(replace(lab, folder=disk.path), "full", backend, arm)
+            study.submit()
+            folder, ranks, step = only(study), Watched(lab.cluster, study).ranks(), lab.rng.randint(15, 30)
+            until(lambda folder=folder, step=step: steps(folder) > step, every=0.02)
+            disk.fill([rank.pid for rank in ranks], folder)
+            before, _ = checkpoint.newest(folder, folder.path.name)
+            until(lambda ranks=ranks: not any(is_alive(rank.pid) for rank in ranks))
+            time.sleep(10)  # the supervisor cannot write down that it starts them again
+            waiting = study.in_queue()
+            after, complaints = checkpoint.newest(folder, folder.path.name)
+            disk.free()
+            study.wait("finished")
+            differs, lives = undisturbed.differs(folder), study.entry(folder).lives
+            wrong, told = tallied([study])
+        name = f"disk full under a job, {arm} {backend}"
+        damaged = bool(complaints) or before is None or after is None or after.step < before.step
+        yield row(f"{name}: last checkpoint damaged", int(damaged), 0, f"full from step {step}", ok=bool(waiting))
+        ended = lives[0].ended or {"kind": "not at all"}  # the second's end need not be written down yet
+        note = f"{len(lives)} lives, the first ended as {ended['kind']}, the last began at step {lives[-1].started['step']}; {differs or ''}"
+        yield row(f"{name}: ends unlike undisturbed", int(differs is not None), 0, note, ok=len(lives) == 2 and ended["kind"] == "disk")
+        yield row(f"{name}: wrong in MLflow", wrong, 0, told)
 
 
 def _train_while_full(t: Trial, store: Store, world: int, disk: Disk, step: int, until_the_end: bool) -> tuple[str, int]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +16,7 @@ import pytest
 
 from harness.config import Slurm
 from harness.store import Store
-from launch import slurm
+from launch import slurm, task
 from launch.ledger import Entry, Ledger, Life
 from launch.standing import _of_slurm
 from launch.task import End, Supervisor
@@ -19,14 +25,18 @@ from tests.trials import trial
 PLACE = {"token": "t", "job_id": "7_0", "life": 0, "nodes": "n1", "ranks": 1, "step": 0}
 
 
-@pytest.fixture
-def supervisor(tmp_path: Path) -> Supervisor:
+def supervising(root: Path) -> Supervisor:
     made = Supervisor.__new__(Supervisor)  # its __init__ wants to be in a job
-    made.store = Store(tmp_path)
+    made.store = Store(root)
     made.ledger = Ledger(made.store.study("s"))
     made.cluster = Slurm(executor="slurm", time_minutes=10, signal_lead_seconds=30, max_retries=2)
     made.job_id, made.attempt, made.terminated, made.began = "7_0", 1, False, time.monotonic()
     return made
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Supervisor:
+    return supervising(tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "hopeless"), [("terminated", False), ("superseded", False), ("preempted", False), ("error", True)])
@@ -49,6 +59,35 @@ def test_a_life_is_late_once_the_signal_may_have_come(supervisor: Supervisor) ->
     assert supervisor._is_late()
 
 
+def _watching(root: Path, pid: Connection) -> None:
+    """Watches ranks that never write a line, for at most two seconds; its exit status: whether they were ended for that."""
+    with subprocess.Popen(["sleep", "60"]) as ranks, pytest.MonkeyPatch.context() as patched:
+        made = supervising(root)
+        made.cluster = made.cluster.model_copy(update={"stall_timeout_seconds": 2})
+        patched.setattr(task, "SUSPENDED", 1.0)
+        patched.setattr(made, "_kill_ranks", subprocess.Popen.kill)
+        pid.send(ranks.pid)
+        sys.exit(made._watch(ranks, made.store.trial("s", "t")))
+
+
+@pytest.mark.parametrize("suspended", [True, False])
+def test_a_job_that_was_suspended_has_not_stalled(tmp_path: Path, suspended: bool) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    watching = spawn.Process(target=_watching, args=(tmp_path, there))
+    watching.start()
+    ranks = here.recv()
+    assert watching.pid is not None
+    if suspended:  # as SLURM does it, all processes of the job
+        os.kill(watching.pid, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(watching.pid, signal.SIGCONT)
+        time.sleep(1)
+        os.kill(ranks, signal.SIGKILL)
+    watching.join(60)
+    assert watching.exitcode == (0 if suspended else 1)
+
+
 def test_only_the_last_step_says_how_the_last_step_ended(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = "7_0|RUNNING\n7_0.batch|RUNNING\n7_0.0|OUT_OF_MEMORY\n7_0.10|FAILED\n7_0.2|OUT_OF_MEMORY\n"
     monkeypatch.setattr(slurm, "run", lambda *command, seconds: printed)
@@ -63,5 +102,5 @@ def test_a_trial_runs_also_when_a_cut_off_node_wrote_last(tmp_path: Path) -> Non
 
     late = {"event": "ended", "attempt": 1, "kind": "superseded"}
     entry = Entry(newest=late, token="t", job_id="7_0", lives=[Life(started(0), late), Life(started(1))])
-    task = slurm.Task("7_0", "RUNNING", "", "n2", "t", "me", "")
-    assert _of_slurm(Store(tmp_path).trial("s", "t").state(), entry, task, known=True) == "running"
+    queued = slurm.Task("7_0", "RUNNING", "", "n2", "t", "me", "")
+    assert _of_slurm(Store(tmp_path).trial("s", "t").state(), entry, queued, known=True) == "running"
