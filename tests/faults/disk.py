@@ -154,7 +154,9 @@ def full_under_jobs(lab: Lab) -> Iterator[Row]:
         damaged = bool(complaints) or before is None or after is None or after.step < before.step
         yield row(f"{name}: last checkpoint damaged", int(damaged), 0, f"full from step {step}", ok=bool(waiting))
         ended = lives[0].ended or {"kind": "not at all"}  # the second's end need not be written down yet
-        note = f"{len(lives)} lives, the first ended as {ended['kind']}, the last began at step {lives[-1].started['step']}; {differs or ''}"
+        note = (
+            f"{len(lives)} lives, the first ended as {ended['kind']}, the last began at step {lives[-1].started['step']}; {differs or ''}"
+        )
         yield row(f"{name}: ends unlike undisturbed", int(differs is not None), 0, note, ok=len(lives) == 2 and ended["kind"] == "disk")
         yield row(f"{name}: wrong in MLflow", wrong, 0, told)
 
