@@ -356,7 +356,9 @@ class Reference(Frozen):
     parameters: Whole = Field(ge=1, description="of the network, as published", examples=[25_557_032])
     gpu: str = Field(description="that images_per_second is of", examples=["A100"])
     images_per_second: Positive = Field(
-        description="that one GPU trains on, at the workload's image_size: prices a plan until a run is measured", examples=[2500]
+        description="that one GPU trains on, at the workload's image_size: prices a plan until a run is measured, in a study of another "
+        "image_size that states none by its pixels",
+        examples=[2500],
     )
 
 

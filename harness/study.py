@@ -150,7 +150,10 @@ def _workload(study: Study, source: str) -> tuple[WorkloadFile, tuple[str, ...]]
         return key if key.partition(".")[0] in DEFAULTS else f"workload.{key}"
 
     workload = parse(WorkloadFile, document, where, as_written)
-    departures = _departures(parse(WorkloadFile, base, where, as_written), workload) if base.get("reference") else ()
+    departures: tuple[str, ...] = ()
+    if base.get("reference"):
+        own = parse(WorkloadFile, base, where, as_written)
+        departures, workload = _departures(own, workload), _repriced(own, workload)
     evaluation, test = workload.evaluation, workload.evaluation.test
     if test is not None:
         evaluation = evaluation.model_copy(update={"test": test.model_copy(update={"path": _absolute(test.path)})})
@@ -167,6 +170,15 @@ def _departures(base: WorkloadFile, workload: WorkloadFile) -> tuple[str, ...]:
 
     changed = [key for key in before | now if now.get(key) != before.get(key)]
     return tuple(f"{key}: {written(now.get(key))} instead of {written(before.get(key))}" for key in changed)
+
+
+def _repriced(base: WorkloadFile, workload: WorkloadFile) -> WorkloadFile:
+    """With the reference's speed at the study's image size, unless the study states one: a step's time is nearly as its pixels."""
+    reference = workload.reference
+    if reference is None or base.reference is None or reference.images_per_second != base.reference.images_per_second:
+        return workload
+    rate = reference.images_per_second * (base.data.image_size / workload.data.image_size) ** 2
+    return workload.model_copy(update={"reference": reference.model_copy(update={"images_per_second": rate})})
 
 
 def _absolute(path: Path) -> Path:

@@ -218,7 +218,7 @@ def _hours(loaded: LoadedStudy, phase: Mapping[str, Any]) -> str:
         return NOT_MEASURED
     if phase["measured"] or reference is None:
         return f"{hours:.2f}"
-    return f"{hours:,.1f} of an {reference.gpu} at {reference.images_per_second:,.0f} images/s, as the workload states; {NOT_MEASURED}"
+    return f"{hours:,.1f} of an {reference.gpu} at {reference.images_per_second:,.0f} images/s, by the workload's reference; {NOT_MEASURED}"
 
 
 def _show_power(out: Console, loaded: LoadedStudy) -> None:

@@ -147,3 +147,14 @@ def test_a_departure_from_the_reference_is_told() -> None:
     ):
         assert what in told[0]
     assert not [line for line in study.warnings(study.load("configs/study/imagenet_adamwr_vs_sgdwr.yaml")) if "departs" in line]
+
+
+def test_a_study_of_another_image_size_is_priced_by_its_pixels_unless_it_states_a_speed() -> None:
+    def speed(*changes: str) -> float:
+        reference = study.load("configs/study/imagenet_adamwr_vs_sgdwr.yaml", changes).workload.reference
+        assert reference is not None
+        return reference.images_per_second
+
+    smaller = "workload.data.image_size=112"
+    assert speed(smaller) == 4 * speed() == 10_000
+    assert speed(smaller, "workload.reference.images_per_second=7000") == 7000
