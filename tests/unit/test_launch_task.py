@@ -79,6 +79,7 @@ def test_a_job_that_was_suspended_has_not_stalled(tmp_path: Path, suspended: boo
     ranks = here.recv()
     assert watching.pid is not None
     if suspended:  # as SLURM does it, all processes of the job
+        time.sleep(1)  # it watches by then
         os.kill(watching.pid, signal.SIGSTOP)
         time.sleep(4)
         os.kill(watching.pid, signal.SIGCONT)
