@@ -1025,7 +1025,9 @@ class Slurm(Frozen):
     account: Word | None = Field(None, examples=["vision"])
     qos: Word | None = Field(None, examples=["normal"])
     constraint: Word | None = Field(None, examples=["a100"])
-    array_parallelism: Whole | None = Field(None, ge=1, description="tasks of an array at a time; null: as many as fit", examples=[16])
+    array_parallelism: Whole | None = Field(
+        None, ge=1, description="tasks of one submission at a time; null: as many as fit", examples=[16]
+    )
     trials_per_task: Whole = Field(1, ge=1, description="small trials that share an array task, one after the other", examples=[4])
     setup: tuple[Line, ...] = Field((), description="shell lines of the batch script, before anything else", examples=[["module load gcc"]])
     srun_args: tuple[Line, ...] = Field((), description="added to srun for the ranks", examples=[["--gpus-per-task=1"]])

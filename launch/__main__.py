@@ -21,6 +21,7 @@ import typer
 from harness import study as studies
 from harness import tracking
 from harness.config import CONFIGS, BadInput, Cluster, Slurm, Trial, find, parse, read_cluster, read_yaml
+from harness.journal import NO_ROOM
 from harness.publish import publish
 from harness.store import Store
 from harness.study import LoadedStudy, planned
@@ -71,8 +72,9 @@ def run(commands: typer.Typer) -> int:
     except BrokenPipeError:  # `wrbench ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:  # a disk that is full, a folder that is somebody else's
-        return _complain(str(error), 1)
+    except OSError as error:  # a disk that is full, a folder that is somebody else's; a write that fails names no file
+        unnamed = error.filename is None and error.errno in NO_ROOM
+        return _complain(f"{error.strerror}; make room where the store is" if unnamed else str(error), 1)
 
 
 def _complain(message: str, status: int) -> int:
@@ -127,6 +129,8 @@ def submit(
     """Run what is missing of a study; trials that are finished or running are left alone."""
     loaded, where, kept = _load(file, overrides), read_cluster(cluster), Store(store)
     if isinstance(where, Slurm):
+        if detach:
+            raise BadInput(f"--detach: is for this machine; {cluster} is SLURM, and a submission to it returns at once")
         if dry_run:
             print("\n".join(arrays.dry_run(loaded, kept, where, phase, retry)))
             _warn(loaded, where)

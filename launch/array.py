@@ -101,7 +101,9 @@ def shape_of(loaded: LoadedStudy, cluster: Slurm, phase: str) -> Shape:
 class Work:
     """What a submission finds to do; `problems` keep the study from being complete, `notes` do not. A line each."""
 
-    def __init__(self, loaded: LoadedStudy, store: Store, cluster: Slurm, phase: str | None, retry: bool, ours: bool = False) -> None:
+    def __init__(
+        self, loaded: LoadedStudy, store: Store, cluster: Slurm, phase: str | None, retry: bool, ours: bool = False, chain: bool = False
+    ) -> None:
         self.standings: Standings = standings(store, loaded.name, ours)
         self.plan: list[Planned] = [p for p in planned(loaded, self.standings.results()) if phase in (None, p.phase)]
         self.missing: list[Trial] = []
@@ -120,10 +122,14 @@ class Work:
                 else:
                     self.problems.append(f"{label(trial)}: {s.state} before: {s.record.last_error}; run it again with --retry")
         waiting = dict.fromkeys(p.arm for p in self.plan if p.trial is None)
-        self.notes += [f"{arm}: its finalists are decided when its search has ended; submit again then, or use --chain" for arm in waiting]
+        then = "" if chain else "; submit again then, or use --chain"
+        self.notes += [f"{arm}: its finalists are decided when its search has ended{then}" for arm in waiting]
         ids = {p.trial.trial_id for p in planned(loaded, self.standings.results()) if p.trial is not None}
         self.left = sorted(trial_id for trial_id, s in self.standings.trials.items() if trial_id not in ids and s.live)
         """trials that wait or run and are not in the study file any more"""
+
+    def left_note(self) -> str:
+        return f"left the study file, and still queued or running: {', '.join(self.left)}; --prune cancels them"
 
     def shapes(self, loaded: LoadedStudy, cluster: Slurm) -> list[tuple[Shape, list[Trial]]]:
         """The missing trials by what they ask for, one array each unless that is too long."""
@@ -165,16 +171,19 @@ def submit(
             holder = Submitter(store.study(loaded.name)).path
             print(f"error: another submission of {loaded.name} is at work (it holds {holder}); wait for it, or stop it", file=sys.stderr)
             return 1, False
-        work = Work(loaded, store, cluster, phase, retry, ours)
+        work, until = Work(loaded, store, cluster, phase, retry, ours, chain), time.monotonic() + AFTER_US
+        while work.standings.warning and chain and slurm.inside() and time.monotonic() < until:  # nobody is there to submit again
+            time.sleep(30)
+            work = Work(loaded, store, cluster, phase, retry, ours, chain)
         if work.standings.warning:
             print(f"error: {work.standings.warning}; nothing is submitted, since what is queued is not known", file=sys.stderr)
             return 1, False
         adopt(work.standings, store, loaded.name)
         _release(work.standings)
         if work.left and prune:
-            stop(store, loaded.name, work.left)
+            work.notes += stop(store, loaded.name, work.left)
         elif work.left:
-            work.notes.append(f"left the study file, and still queued or running: {', '.join(work.left)}; --prune cancels them")
+            work.notes.append(work.left_note())
         submitted, refused = 0, False
         arrays = {task.job_id.partition("_")[0] for task in work.standings.tasks}
         if work.missing:
@@ -355,9 +364,15 @@ def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[s
     if not arrays:
         made.parameters["additional_parameters"] |= {"begin": "now+10minutes"}
     command, until = _command("launch", *arguments, *(["--phase", phase] if phase else [])), time.monotonic() + AFTER_US
-    while isinstance(job := _call(made, command, name, token), slurm.SlurmError):
-        if slurm.inside() is None or time.monotonic() > until:
+    while True:
+        try:
+            job = _call(made, command, name, token)
+            if not isinstance(job, slurm.SlurmError):
+                break
             raise job
+        except slurm.SlurmError:
+            if slurm.inside() is None or time.monotonic() > until:
+                raise
         time.sleep(30)  # nobody is there to submit again
     when = f"when {', '.join(arrays)} have ended" if arrays else "in ten minutes, when there may be room"
     print(f"job {job} goes on {when}: {folder}")
@@ -397,6 +412,8 @@ def dry_run(loaded: LoadedStudy, store: Store, cluster: Slurm, phase: str | None
                 yield f"{index:>5}  {label(by_id[trial_id])}: {shape.nodes} node(s) x {shape.tasks_per_node} rank(s)"
     yield f"{len(work.missing)} trial(s) to submit"
     yield from work.notes
+    if work.left:
+        yield work.left_note()
     yield from (f"error: {problem}" for problem in work.problems)
 
 
@@ -405,25 +422,33 @@ def stop(store: Store, study: str, trial_ids: Sequence[str]) -> list[str]:
     found = standings(store, study)
     if found.warning:
         raise BadInput(found.warning)
-    ledger, said, running = Ledger(store.study(study)), [], {}
+    said, lines, running = [], [], {}
     waiting: dict[str, list[str]] = {}
     for trial_id in trial_ids:
         s = found.trials.get(trial_id)
         if s is None or not s.live or s.task is None:
             continue
         trial = store.trial(study, trial_id).read_config()
-        ledger.append("cancelled", trial, s.record.attempts, token=s.entry.token, job_id=s.task.job_id)
+        lines.append(line("cancelled", trial, s.record.attempts, token=s.entry.token, job_id=s.task.job_id))
         if s.state == "running":
             running[s.task.job_id] = s
         else:
             waiting.setdefault(s.task.job_id, []).append(trial_id)
         said.append(f"{label(trial)}: {'stopping' if s.state == 'running' else 'taken out of the queue'} ({s.task.job_id})")
+    try:
+        Ledger(store.study(study)).extend(lines)
+    except OSError as unwritten:  # a full disk is a reason to cancel
+        said.append(f"warning: the ledger could not be written ({unwritten.strerror}): the next submission takes these trials up again")
     # a packed task goes on with its other trials: it asks the ledger before each
     shared = {s.task.job_id for trial_id, s in found.trials.items() if s.task and s.live and trial_id not in trial_ids}
     if alone := [job_id for job_id in waiting if job_id not in shared and job_id not in running]:
         slurm.cancel(alone)
     if running:
-        slurm.cancel(list(running), Submission.read(_submission(store, study, next(iter(running.values())))).cluster.signal)
+        of_signal: dict[str, list[str]] = {}
+        for job_id, s in running.items():
+            of_signal.setdefault(Submission.read(_submission(store, study, s)).cluster.signal, []).append(job_id)
+        for name, job_ids in of_signal.items():
+            slurm.cancel(job_ids, name)
         _wait_until_gone(job_name(study), [job_id for job_id in running if job_id not in shared])
     return said
 

@@ -4,9 +4,10 @@ A line: time, event, trial_id (the hash of its config), arm, seed, phase, attemp
 
     queued      given to a submission (SLURM: token, index; code: the snapshot it runs)
     submitted   job_id; a local one: place; a SLURM one: token, index
+    withdrawn   SLURM: sbatch refused that submission
     started     SLURM: a life of a trial begins: job_id, life (0-based, of the job), nodes, ranks, step
     ended       a local one: state; a SLURM one: state, kind, step, seconds, checkpoint, run_id, error
-    requeued    SLURM: kind (preempted | time limit | node), why this array task goes back into the queue
+    requeued    SLURM: kind (preempted | time limit | node | disk), why this array task goes back into the queue
     cancelled   taken out of the queue, or stopped
 
 `attempt` is the number that the job will claim, so that a record of an earlier attempt is told from this one's. Several
@@ -176,9 +177,9 @@ class Submitter:
                     time.sleep(0.05)  # perhaps only somebody who asks, see `holder`
                 except OSError:
                     break
-            file.truncate(0)
-            file.write(f"{socket.gethostname()} {os.getpid()}")
-            file.flush()
+            with suppress(OSError):  # for those who ask; a full disk must not keep anybody from cancelling
+                os.truncate(file.fileno(), 0)
+                os.write(file.fileno(), f"{socket.gethostname()} {os.getpid()}".encode())
             yield True
 
     def holder(self) -> tuple[str, int] | None:

@@ -117,8 +117,8 @@ def job(job_id: str) -> dict[str, str]:
     return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
 
-def requeue(job_id: str) -> None:
-    run("scontrol", "requeue", job_id, seconds=20)
+def requeue(job_id: str, hold: bool) -> None:
+    run("scontrol", "requeuehold" if hold else "requeue", job_id, seconds=20)
 
 
 def release(job_ids: Sequence[str]) -> None:
@@ -126,9 +126,18 @@ def release(job_ids: Sequence[str]) -> None:
 
 
 def cancel(job_ids: Sequence[str], signal: str | None = None) -> None:
-    """Ends jobs, or with `signal` sends it to their steps, which is to the ranks and not to the batch script."""
+    """Ends jobs, or with `signal` sends it to their steps, which is to the ranks and not to the batch script.
+
+    One that ends by itself this moment is no error, though scancel says it is.
+    """
     for first in range(0, len(job_ids), 200):
-        run("scancel", "--quiet", *([f"--signal={signal}"] if signal else []), *job_ids[first : first + 200])
+        some = job_ids[first : first + 200]
+        try:
+            run("scancel", "--quiet", *([f"--signal={signal}"] if signal else []), *some)
+        except SlurmError:
+            there = dict(line.split("|") for line in run("squeue", "--noheader", "--array", "--format=%i|%T").split())
+            if any(there.get(job_id.partition(".")[0], "COMPLETING") != "COMPLETING" for job_id in some):
+                raise
 
 
 def kill_steps(job_id: str) -> None:

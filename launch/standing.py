@@ -101,7 +101,7 @@ def _of_slurm(record: TrialState, entry: Entry, task: slurm.Task | None, known: 
         return record.state if over else "running" if began else "queued"
     if known:
         return "interrupted" if record.state == "running" else record.state
-    return {"started": "running", "ended": record.state}.get(event, "queued")
+    return {"started": "running", "ended": record.state, "withdrawn": record.state}.get(event, "queued")
 
 
 def _waits_here(record: TrialState, entry: Entry, alive: bool) -> bool:

@@ -98,7 +98,8 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
     total, entry, task, record = schedule.total_steps(trial), s.entry, s.task, s.record
     left = (total - record.step) * record.seconds_per_step if record.seconds_per_step and s.state == "running" else None
     lives = entry.lives
-    used, lost = hours(lives, list(journal.glance(folder.journal)), time.time()) if lives else (None, None)
+    lines = list(journal.glance(folder.journal)) if lives else []
+    used, lost = hours(lives, lines, time.time() if s.state == "running" else None) if lives else (None, None)
     return Row(
         trial_id=trial.trial_id,
         arm=trial.arm,
@@ -110,7 +111,7 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
         attempts=record.attempts,
         job_id=entry.job_id or entry.newest.get("job_id"),
         run_id=tracking.run_id(folder),
-        last_error=last_error(folder, record) if s.state not in ("queued", "running") else None,
+        last_error=_unsaved(lines) if s.live else last_error(folder, record),
         holdout_top1=record.answer.get("anytime/holdout_top1"),
         seconds_left=left,
         expected_finish=None if left is None else datetime.fromtimestamp(time.time() + left).isoformat(timespec="minutes"),
@@ -139,19 +140,29 @@ def _reason(task: slurm.Task) -> str:
     return f"{task.reason}: held; scontrol release {task.job_id}" if task.held else task.reason
 
 
-def hours(lives: Sequence[Life], lines: Sequence[Mapping[str, Any]], now: float) -> tuple[float, float]:
-    """(GPU-hours used, of these lost) by the lives of a trial under SLURM; lines of its journal; seconds since 1970.
+def _unsaved(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why the newest checkpoint could not be written."""
+    events = [line for line in lines if line.get("event") in ("checkpoint", "warning")]
+    message: str = events[-1].get("message", "") if events else ""
+    return message if "could not be written" in message else None
+
+
+def hours(lives: Sequence[Life], lines: Sequence[Mapping[str, Any]], now: float | None) -> tuple[float, float]:
+    """(GPU-hours used, of these lost) by the lives of a trial under SLURM; lines of its journal.
+
+    now: seconds since 1970, if the last life runs.
 
     Lost is what a life did after its last checkpoint, unless it ended the trial, and the start-up of every life but the first.
-    A life whose supervisor was killed with it ended at its last line in the journal.
+    A life whose supervisor was killed with it ended at its last line in the journal; so did the last one where none runs.
     """
     used = lost = 0.0
+    claimed_by = {life.started["attempt"]: number for number, life in enumerate(lives)}  # one that claims no number leaves it to the next
     for number, life in enumerate(lives):
-        own = [line for line in lines if line["attempt"] == life.started["attempt"]]
+        own = [line for line in lines if claimed_by.get(line["attempt"]) == number]
         stamps = [line["timestamp"] / 1000 for line in own]
         began = datetime.fromisoformat(life.started["time"]).timestamp()
-        runs = life.ended is None and number == len(lives) - 1
-        end = datetime.fromisoformat(life.ended["time"]).timestamp() if life.ended else now if runs else max([began, *stamps])
+        runs = life.ended is None and number == len(lives) - 1 and now is not None
+        end = datetime.fromisoformat(life.ended["time"]).timestamp() if life.ended else now if runs and now else max([began, *stamps])
         kept = [line["timestamp"] / 1000 for line in own if line.get("event") in ("checkpoint", "end")]
         used += (end - began) * life.started["ranks"]
         if not runs and not (life.ended and life.ended["state"] in ENDED_WELL):
@@ -219,8 +230,12 @@ def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], n
     counts = Counter(r.state for r in found)
     held = sum(folder.bytes() for folder in store.trials(loaded.name))
     below = [
-        f"{loaded.name}: " + ", ".join(f"{counts[s]} {s}" for s in ORDER if counts[s]) + f"; {_size(held)} in {store.study(loaded.name)}"
+        f"{loaded.name}: "
+        + ", ".join(f"{counts[s]} {s}" for s in ORDER if counts[s])
+        + f"; trials in {store.study(loaded.name)}: {_size(held)}"
     ]
+    if not store.root.exists():
+        below.append(f"there is no store {store.root}; jobs of another --store are not shown")
     if any(r.gpu_hours is not None for r in found):
         used, lost = (sum(h or 0.0 for h in column) for column in zip(*((r.gpu_hours, r.gpu_hours_lost) for r in found), strict=True))
         below.append(f"{used:.2f} GPU-hours used, of these {lost:.2f} lost to restarts; {sum(r.preemptions for r in found)} times requeued")

@@ -46,6 +46,8 @@ NO_FAILURE = (*STOPPED, "terminated", "superseded", "cancelled", "port")
 """kinds of ends that say nothing against the trial"""
 ROOM = 1 << 20
 """bytes without which a trial is not begun: it could not even say how it ended"""
+TO_MAKE_ROOM = 600.0
+"""seconds that a task keeps its nodes while the disk is full; then it is held, and the next submission releases it"""
 PORTS = 16
 """for each job to meet at; the ranks bind one seconds after it was found free, so it must not be another job's choice"""
 TO_DELIVER = 2.0
@@ -98,15 +100,12 @@ class Supervisor:
                     sender = tracking.start_delivery(self.store, self.given.study, [trial_id])
                     delivering.callback(sender.stop, TO_DELIVER)
                 while not self._over(trial_id, folder):
-                    has_room = _has_room(folder.path)
-                    if (self.attempt or not has_room) and self._is_late():  # the signal comes once, and what begins now would not hear it
+                    if self.attempt and self._is_late():  # the signal comes once, and what begins now would not hear it
                         delivering.close()
                         return self._requeue("time limit", trial, folder)
-                    if not has_room:
-                        if self.terminated:
-                            return 0
-                        time.sleep(10 * POLL)
-                        continue
+                    if not self._wait_for_room(folder):
+                        delivering.close()
+                        return self._requeue("disk", trial, folder, hold=True)
                     end = self._live(trial, folder)
                     if end.kind in ("superseded", "terminated"):
                         return 0
@@ -122,6 +121,13 @@ class Supervisor:
                         return self._requeue(end.kind, trial, folder)
             given_up += folder.state().state in ("failed", "exhausted")
         return 1 if given_up else 0
+
+    def _wait_for_room(self, folder: TrialFolder) -> bool:
+        """Whether there is some now: no life begins without."""
+        until = time.monotonic() + TO_MAKE_ROOM
+        while not (has_room := _has_room(folder.path)) and not self.terminated and time.monotonic() < until:
+            time.sleep(10 * POLL)
+        return has_room
 
     def _entry(self, trial_id: str) -> Entry:
         return self.ledger.entries().get(trial_id, Entry())
@@ -200,8 +206,11 @@ class Supervisor:
             if idle > self.cluster.stall_timeout_seconds + 30 and stalled:
                 process.kill()
             elif idle > self.cluster.stall_timeout_seconds and not stalled and not self.terminated:
-                stalled = True
-                self._kill_ranks(process)
+                if _has_room(folder.path):
+                    stalled = True
+                    self._kill_ranks(process)
+                else:  # lines wait in memory, and the ranks train on
+                    moved = looked
             time.sleep(POLL)
         return stalled
 
@@ -244,7 +253,8 @@ class Supervisor:
     def _why_stopped(self) -> str:
         """preempted | time limit | stopped (by a signal from a person), or terminated when SLURM ends the job anyway."""
         state = self._state_of_job()
-        if state.get("JobState") in ("CANCELLED", "TIMEOUT", "FAILED"):
+        requeued = int(state.get("Restarts", self.life)) > self.life
+        if state.get("JobState") in ("CANCELLED", "TIMEOUT", "FAILED", "COMPLETING") and not requeued:
             return "terminated"
         if state.get("PreemptTime", "None") not in ("None", "Unknown"):
             return "preempted"
@@ -299,6 +309,7 @@ class Supervisor:
     def _give_up(self, state: str, why: str, trial: Trial, folder: TrialFolder) -> None:
         if folder.is_superseded(self.attempt):
             sys.exit(f"{trial.trial_id}: goes on elsewhere, and is not given up here")
+        self._wait_for_room(folder)
         close(folder, state, why, self.attempt)
         self._note_down("ended", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, state=state, kind=state,
                            step=folder.state().committed, error=why, final=True)  # fmt: skip
@@ -306,8 +317,11 @@ class Supervisor:
 
     # -------------------------------------------------------------------------------------------------- requeue
 
-    def _requeue(self, kind: str, trial: Trial, folder: TrialFolder) -> int:
-        """Puts this one array task back into the queue, however long the controller is away; SLURM then ends this process."""
+    def _requeue(self, kind: str, trial: Trial, folder: TrialFolder, hold: bool = False) -> int:
+        """Puts this one array task back into the queue, however long the controller is away; SLURM then ends this process.
+
+        hold: there it waits until somebody releases it, as the next submission does.
+        """
         self._note_down("requeued", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, life=self.life, kind=kind)
         wait = 1.0
         while not self.terminated:
@@ -315,7 +329,7 @@ class Supervisor:
                 job = slurm.job(self.job_id)
                 if int(job.get("Restarts", self.life)) > self.life or job["JobState"] not in ("RUNNING", "SUSPENDED"):
                     return 0
-                slurm.requeue(self.job_id)
+                slurm.requeue(self.job_id, hold)
                 break
             except slurm.SlurmError as error:
                 if not self.terminated:

@@ -59,6 +59,16 @@ def test_gpu_hours_used_and_lost() -> None:
     assert running == pytest.approx(4)
 
 
+def test_hours_of_a_trial_that_nobody_runs_stand_still() -> None:
+    assert hours([life(1, 0, None)], journal(1, (60, "start"), (3600, "metrics")), now=None)[0] == pytest.approx(4)
+
+
+def test_a_life_that_claimed_no_number_has_none_of_the_next_ones_lines() -> None:
+    lives = [life(1, 0, 360), life(1, 400, 4000, state="finished")]
+    lines = journal(1, (400, "start"), (3900, "checkpoint"), (4000, "end"))
+    assert hours(lives, lines, now=None) == (pytest.approx(4 * (360 + 3600) / 3600), pytest.approx(4 * 360 / 3600))
+
+
 def test_lines_of_the_ledger_are_folded_by_submission_and_life(tmp_path: Path) -> None:
     ledger, one = Ledger(tmp_path), trial(seed=1)
     ledger.append("queued", one, 1, token="a", index=0)

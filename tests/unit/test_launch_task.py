@@ -59,34 +59,39 @@ def test_a_life_is_late_once_the_signal_may_have_come(supervisor: Supervisor) ->
     assert supervisor._is_late()
 
 
-def _watching(root: Path, pid: Connection) -> None:
+def _watching(root: Path, what: str, pid: Connection) -> None:
     """Watches ranks that never write a line, for at most two seconds; its exit status: whether they were ended for that."""
     with subprocess.Popen(["sleep", "60"]) as ranks, pytest.MonkeyPatch.context() as patched:
         made = supervising(root)
         made.cluster = made.cluster.model_copy(update={"stall_timeout_seconds": 2})
         patched.setattr(task, "SUSPENDED", 1.0)
         patched.setattr(made, "_kill_ranks", subprocess.Popen.kill)
+        if what == "full":
+            patched.setattr(task, "_has_room", lambda folder: False)
+        folder = made.store.trial("s", "t")
+        folder.path.mkdir(parents=True)
         pid.send(ranks.pid)
-        sys.exit(made._watch(ranks, made.store.trial("s", "t")))
+        sys.exit(made._watch(ranks, folder))
 
 
-@pytest.mark.parametrize("suspended", [True, False])
-def test_a_job_that_was_suspended_has_not_stalled(tmp_path: Path, suspended: bool) -> None:
+@pytest.mark.parametrize("what", ["stalled", "suspended", "full"])
+def test_a_job_that_was_suspended_or_has_no_room_has_not_stalled(tmp_path: Path, what: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    watching = spawn.Process(target=_watching, args=(tmp_path, there))
+    watching = spawn.Process(target=_watching, args=(tmp_path, what, there))
     watching.start()
     ranks = here.recv()
     assert watching.pid is not None
-    if suspended:  # as SLURM does it, all processes of the job
+    if what == "suspended":  # as SLURM does it, all processes of the job
         time.sleep(1)  # it watches by then
         os.kill(watching.pid, signal.SIGSTOP)
+    if what != "stalled":
         time.sleep(4)
         os.kill(watching.pid, signal.SIGCONT)
         time.sleep(1)
         os.kill(ranks, signal.SIGKILL)
     watching.join(60)
-    assert watching.exitcode == (0 if suspended else 1)
+    assert watching.exitcode == (1 if what == "stalled" else 0)
 
 
 def test_only_the_last_step_says_how_the_last_step_ended(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
