@@ -126,9 +126,9 @@ def held(lab: Lab) -> Iterator[Row]:
     yield row("held job: places that do not say how to release it", len(silent), 0, ", ".join(silent) or str(told["reason"]))
     said = study.submit()
     study.wait("finished")
-    wrong = int(f"released 1 task(s) that SLURM held after a failed launch: {job}" not in said or "submitted 0" not in said) + repeated(
-        folder
-    )
+    wrong = int(
+        f"released 1 task(s) held after a failed launch or for want of room: {job}" not in said or "submitted 0" not in said
+    ) + repeated(folder)
     attempts = folder.newest_attempt()
     yield row("held job: not released by the next submission, or steps repeated", wrong + abs(attempts - 2), 0, said.splitlines()[0])
 
