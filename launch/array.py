@@ -227,9 +227,8 @@ def standing_line(loaded: LoadedStudy, now: Standings, submitted: int) -> str:
 def _release(found: Standings) -> None:
     if held := [task.job_id for task in found.tasks if task.held_by_mishap and task.user == getpass.getuser()]:
         slurm.release(held)
-        print(
-            f"released {len(held)} task(s) held after a failed launch or for want of room: {', '.join(held[:5])}{', ...' if held[5:] else ''}"
-        )
+        first = f"{', '.join(held[:5])}{', ...' if held[5:] else ''}"
+        print(f"released {len(held)} task(s) held after a failed launch or for want of room: {first}")
 
 
 def _room(qos: str | None, chain: bool) -> int | None:
