@@ -112,7 +112,13 @@ def test_stopped_ones_save_first_and_are_gone_on_with(tmp_path: Path, mnist5k: P
     until(lambda: len(starts := journal.fold(journal.read(a.journal)).starts) == 3 and steps(a) > starts[2]["resumed_from"])
     resumed = [start["resumed_from"] for start in journal.fold(journal.read(a.journal)).starts]
     assert resumed[:2] == [0, saved] and resumed[2] > saved
+
+    job_id = study.entry(a).job_id
+    subprocess.run(["scancel", job_id], check=True, timeout=60)  # by somebody who does not know of wrbench
+    until(lambda: not study.in_queue())
+    assert study.entry(a).lives[-1].ended["kind"] == "terminated"
     assert lines(study, "requeued") == []
+    slurm.cancel([job_id], "USR2")  # one that has ended meanwhile is no error
 
 
 def test_waiting_ones_leave_the_queue_and_only_what_is_new_is_submitted(tmp_path: Path, mnist5k: Path) -> None:
@@ -132,7 +138,8 @@ def test_waiting_ones_leave_the_queue_and_only_what_is_new_is_submitted(tmp_path
     assert "submitted 0" in out and f"still queued or running: {', '.join(sorted(left))}; --prune cancels" in out
     assert "5 of them queued or running (submit --prune cancels these)" in " ".join(study.run("status")[1].split())
     assert len(study.in_queue()) == 6
-    study.submit("--prune")
+    assert f"left the study file, and still queued or running: {', '.join(sorted(left))}" in study.run("submit", "--prune", "--dry-run")[1]
+    assert study.submit("--prune").count("taken out of the queue") == 5
     until(lambda: len(study.in_queue()) == 1, 30)
     assert {study.trials()[trial_id].state for trial_id in left} == {"cancelled"}
 
