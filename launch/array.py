@@ -368,12 +368,12 @@ def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[s
     while True:
         try:
             job = _call(made, command, name, token)
-            if not isinstance(job, slurm.SlurmError):
-                break
+        except slurm.SlurmError as unknown:  # nor could it be looked for in the queue
+            job = unknown
+        if not isinstance(job, slurm.SlurmError):
+            break
+        if slurm.inside() is None or time.monotonic() > until:
             raise job
-        except slurm.SlurmError:
-            if slurm.inside() is None or time.monotonic() > until:
-                raise
         time.sleep(30)  # nobody is there to submit again
     when = f"when {', '.join(arrays)} have ended" if arrays else "in ten minutes, when there may be room"
     print(f"job {job} goes on {when}: {folder}")

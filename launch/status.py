@@ -161,11 +161,11 @@ def hours(lives: Sequence[Life], lines: Sequence[Mapping[str, Any]], now: float 
         own = [line for line in lines if claimed_by.get(line["attempt"]) == number]
         stamps = [line["timestamp"] / 1000 for line in own]
         began = datetime.fromisoformat(life.started["time"]).timestamp()
-        runs = life.ended is None and number == len(lives) - 1 and now is not None
-        end = datetime.fromisoformat(life.ended["time"]).timestamp() if life.ended else now if runs and now else max([began, *stamps])
+        running = now if number == len(lives) - 1 and life.ended is None else None
+        end = datetime.fromisoformat(life.ended["time"]).timestamp() if life.ended else running or max([began, *stamps])
         kept = [line["timestamp"] / 1000 for line in own if line.get("event") in ("checkpoint", "end")]
         used += (end - began) * life.started["ranks"]
-        if not runs and not (life.ended and life.ended["state"] in ENDED_WELL):
+        if running is None and not (life.ended and life.ended["state"] in ENDED_WELL):
             lost += (end - max([began, *kept])) * life.started["ranks"]
         if number and stamps:
             lost += (min(stamps[0], end) - began) * life.started["ranks"]

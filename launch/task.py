@@ -104,6 +104,8 @@ class Supervisor:
                         delivering.close()
                         return self._requeue("time limit", trial, folder)
                     if not self._wait_for_room(folder):
+                        if self.terminated:  # SLURM ends the job: it does not go back into the queue
+                            return 0
                         delivering.close()
                         return self._requeue("disk", trial, folder, hold=True)
                     end = self._live(trial, folder)

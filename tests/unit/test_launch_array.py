@@ -17,7 +17,7 @@ from harness.store import Store
 from harness.study import LoadedStudy
 from launch import array, slurm, snapshot
 from launch.ledger import Ledger, Life
-from launch.status import hours
+from launch.status import _unsaved, hours
 from tests.synthetic import STUDY, write_study
 from tests.trials import trial
 
@@ -67,6 +67,12 @@ def test_a_life_that_claimed_no_number_has_none_of_the_next_ones_lines() -> None
     lives = [life(1, 0, 360), life(1, 400, 4000, state="finished")]
     lines = journal(1, (400, "start"), (3900, "checkpoint"), (4000, "end"))
     assert hours(lives, lines, now=None) == (pytest.approx(4 * (360 + 3600) / 3600), pytest.approx(4 * 360 / 3600))
+
+
+def test_a_save_that_failed_is_told_until_one_succeeds() -> None:
+    lines = [*journal(1, (1, "checkpoint")), {"event": "warning", "message": "the checkpoint of step 7 could not be written (full)"}]
+    assert _unsaved(lines) == lines[-1]["message"]
+    assert _unsaved([*lines, *journal(1, (3, "checkpoint"))]) is None
 
 
 def test_lines_of_the_ledger_are_folded_by_submission_and_life(tmp_path: Path) -> None:
