@@ -26,6 +26,10 @@ from harness.store import write_atomically
 PAGE = Path(__file__).with_name("report.html")
 """The page's frame: a string.Template with its style sheet."""
 
+DIGITS = 10
+"""significant digits of the numbers in table.csv and summary.json: processors differ in the last of the sixteen that a number has,
+by the order in which their linear algebra adds, and a report made again elsewhere is to be the same file"""
+
 
 def report(study: StudyName, store: str | Path = "runs", tracking_uri: str | None = None, undelivered: Sequence[str] = ()) -> Path:
     """Writes STORE/STUDY/report/ from what MLflow has, checked against the journals; the path of its report.html.
@@ -56,10 +60,19 @@ def render(records: Records, folder: Path, complaints: Sequence[str] = ()) -> tu
         (folder / f"{name}.png").write_bytes(figures.png(figure))
         (folder / f"{name}.svg").write_bytes(vectors[name])
     write_atomically(folder / "table.md", _markdown(found, tables))
-    write_atomically(folder / "table.csv", numbers(found.comparison).to_csv(index=False))
+    write_atomically(folder / "table.csv", numbers(found.comparison).to_csv(index=False, float_format=f"%.{DIGITS}g"))
     write_atomically(folder / "table.tex", _latex(found, tables))
-    write_atomically(folder / "summary.json", json.dumps(summary(found, complaints), indent=2, allow_nan=False) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(_rounded(summary(found, complaints)), indent=2, allow_nan=False) + "\n")
     return found, vectors
+
+
+def _rounded(value: Any) -> Any:
+    """JSON's values, every number in it to DIGITS significant digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def summary(found: Findings, undelivered: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tables of a report, as finished text, and their numbers unrounded for other programs."""
+"""The tables of a report, as finished text, and their numbers in full for other programs."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _points(value: float, arm: ArmResult) -> str:
 
 
 def numbers(comparison: Comparison) -> pd.DataFrame:
-    """table.csv: a row an arm, then a row a difference, unrounded; empty where there is no number."""
+    """table.csv: a row an arm, then a row a difference; empty where there is no number."""
     arms = [
         {
             "kind": "arm", "name": arm.name, "method": "t", "n": arm.error.n, "points": finite(arm.error.value),
