@@ -1282,6 +1282,10 @@ def _example(field: FieldInfo | None) -> str:
 
 
 def _suggest(written: str, known: Sequence[str]) -> str:
+    return f"{did_you_mean(written, known)}valid: {', '.join(known)}"
+
+
+def did_you_mean(written: str, known: Sequence[str]) -> str:
+    """A question with a space after it; empty where nothing known is like what is written."""
     close = difflib.get_close_matches(written, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}valid: {', '.join(known)}"
+    return f"did you mean {close[0]!r}? " if close else ""

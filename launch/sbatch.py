@@ -13,7 +13,7 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from harness.config import BadInput, Shape, Slurm
+from harness.config import BadInput, Shape, Slurm, did_you_mean
 from launch import slurm
 
 
@@ -39,12 +39,18 @@ class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
                 job = self._submit_command(command)
         except FailedJobError as error:
             said = re.findall(r"^sbatch: (?:error: |fatal: )?(.*)", str(error), re.M)
-            raise slurm.SlurmError(f"sbatch: {'; '.join(said) or slurm.one_line(str(error))}") from None
+            raise slurm.SlurmError(f"sbatch: {'; '.join(said) or slurm.one_line(str(error))} ({self._asked()})") from None
         except FailedSubmissionError as error:
             raise slurm.SlurmError(f"sbatch: {slurm.one_line(str(error))}") from None
         for link in self.folder.glob(".submission_file_*"):  # the script has its name by now, JOB_submission.sh
             link.unlink()
         return str(job.job_id)
+
+    def _asked(self) -> str:
+        """What sbatch was asked for, of which its messages name little."""
+        given = {**self.parameters, **(self.parameters.get("additional_parameters") or {})}
+        words = ("partition", "account", "qos", "constraint", "nodes", "ntasks_per_node", "cpus_per_task", "gpus_per_node", "mem", "time")
+        return "asked for: " + ", ".join(f"{word} {given[word]}" for word in words if given.get(word) is not None)
 
 
 def executor(
@@ -82,7 +88,7 @@ def check(cluster: Slurm) -> None:
         raise BadInput("executor: slurm needs SLURM's commands, and there is no srun here; run on a login node, or --cluster local")
     if not cluster.sbatch:
         return
-    known = set(re.findall(r"--([a-z][a-z0-9-]*)", slurm.run("sbatch", "--help")))
+    known = sorted(set(re.findall(r"--([a-z][a-z0-9-]*)", slurm.run("sbatch", "--help"))))
     for key in cluster.sbatch:
         if key not in known:
-            raise BadInput(f"sbatch.{key}: is no option of the sbatch here; `sbatch --help` lists them")
+            raise BadInput(f"sbatch.{key}: is no option of the sbatch here; {did_you_mean(key, known)}`sbatch --help` lists them")

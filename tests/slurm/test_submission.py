@@ -171,7 +171,9 @@ def test_dry_run_prints_the_script_and_the_trials_and_writes_nothing(tmp_path: P
     rewritten = yaml.safe_load(study.cluster.read_text()) | {"sbatch": {"exclud": "n4"}}
     study.cluster.write_text(yaml.safe_dump(rewritten))
     code, _, err = study.run("submit")
-    assert code == 2 and err == "error: sbatch.exclud: is no option of the sbatch here; `sbatch --help` lists them\n"
+    assert (
+        code == 2 and err == "error: sbatch.exclud: is no option of the sbatch here; did you mean 'exclude'? `sbatch --help` lists them\n"
+    )
     assert not study.store.study("mine").exists()
 
 
