@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 PATIENCE = 120.0
 """seconds to wait for another submitter, who needs a few"""
 AFTER_US = 1800.0
-"""seconds for which a chain that is refused its successor tries again"""
+"""seconds for which a chain's job tries again"""
+AGAIN = 10.0
+"""seconds between two tries"""
 CHAIN = "-chain"
 """at the end of the name of the job that submits again"""
 
@@ -161,7 +163,28 @@ def packed(trials: Sequence[Trial], a_task: int) -> list[tuple[str, ...]]:
 def submit(
     loaded: LoadedStudy, store: Store, cluster: Slurm, *, phase: str | None, retry: bool, prune: bool, chain: bool
 ) -> tuple[int, bool]:
-    """Submits what is missing, and returns; the exit status."""
+    """Submits what is missing, and returns; the exit status, and whether there is no more to do.
+
+    In a chain's job nobody is there to submit again: it does so itself while SLURM does not answer or has no room for its successor.
+    """
+    until = time.monotonic() + (AFTER_US if chain and slurm.inside() else 0)
+    while True:
+        try:
+            status, over, again = _submit(loaded, store, cluster, phase=phase, retry=retry, prune=prune, chain=chain)
+        except slurm.SlurmError as error:
+            if not error.unanswered or time.monotonic() > until:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            again = True
+        if not again or time.monotonic() > until:
+            return status, over
+        time.sleep(AGAIN)
+
+
+def _submit(
+    loaded: LoadedStudy, store: Store, cluster: Slurm, *, phase: str | None, retry: bool, prune: bool, chain: bool
+) -> tuple[int, bool, bool]:
+    """As `submit`, once; at the end, whether another try could succeed."""
     check(loaded, store, cluster)
     if chain:
         _of_chain(cluster)
@@ -170,21 +193,18 @@ def submit(
         if not ours:
             holder = Submitter(store.study(loaded.name)).path
             print(f"error: another submission of {loaded.name} is at work (it holds {holder}); wait for it, or stop it", file=sys.stderr)
-            return 1, False
-        work, until = Work(loaded, store, cluster, phase, retry, ours, chain), time.monotonic() + AFTER_US
-        while work.standings.warning and chain and slurm.inside() and time.monotonic() < until:  # nobody is there to submit again
-            time.sleep(30)
-            work = Work(loaded, store, cluster, phase, retry, ours, chain)
+            return 1, False, True
+        work = Work(loaded, store, cluster, phase, retry, ours, chain)
         if work.standings.warning:
             print(f"error: {work.standings.warning}; nothing is submitted, since what is queued is not known", file=sys.stderr)
-            return 1, False
+            return 1, False, True
         adopt(work.standings, store, loaded.name)
         _release(work.standings)
         if work.left and prune:
             work.notes += stop(store, loaded.name, work.left)
         elif work.left:
             work.notes.append(work.left_note())
-        submitted, refused = 0, False
+        submitted, refused, again = 0, False, False
         arrays = {task.job_id.partition("_")[0] for task in work.standings.tasks}
         if work.missing:
             write_atomically(ledger.path.parent / "study.yaml", loaded.text())
@@ -196,7 +216,7 @@ def submit(
                         submitted += len(trials_of_array)
                 except slurm.SlurmError as error:
                     work.problems.append(str(error))
-                    refused = True
+                    refused, again = True, again or error.unanswered
             if submitted < len(work.missing) and not work.problems:
                 work.notes.append(
                     f"{len(work.missing) - submitted} trial(s) are beyond what this user may have in the queue; "
@@ -208,13 +228,14 @@ def submit(
                 _chain(loaded, store, cluster, sorted(arrays), phase)
             except slurm.SlurmError as error:
                 work.problems.append(f"--chain: {error}")
+                again = True
     after = standings(store, loaded.name)
     print(standing_line(loaded, after, submitted))
     for note in work.notes:
         print(note)
     for problem in work.problems:
         print(f"error: {problem}", file=sys.stderr)
-    return (1 if work.problems else 0), over
+    return (1 if work.problems else 0), over, again
 
 
 def standing_line(loaded: LoadedStudy, now: Standings, submitted: int) -> str:
@@ -364,17 +385,10 @@ def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[s
     made = sbatch.executor(folder, _of_chain(cluster).shape(1), name, token, _setup(code), None, dependency)
     if not arrays:
         made.parameters["additional_parameters"] |= {"begin": "now+10minutes"}
-    command, until = _command("launch", *arguments, *(["--phase", phase] if phase else [])), time.monotonic() + AFTER_US
-    while True:
-        try:
-            job = _call(made, command, name, token)
-        except slurm.SlurmError as unknown:  # nor could it be looked for in the queue
-            job = unknown
-        if not isinstance(job, slurm.SlurmError):
-            break
-        if slurm.inside() is None or time.monotonic() > until:
-            raise job
-        time.sleep(30)  # nobody is there to submit again
+    job = _call(made, _command("launch", *arguments, *(["--phase", phase] if phase else [])), name, token)
+    if isinstance(job, slurm.SlurmError):
+        shutil.rmtree(folder)
+        raise job
     when = f"when {', '.join(arrays)} have ended" if arrays else "in ten minutes, when there may be room"
     print(f"job {job} goes on {when}: {folder}")
 

@@ -22,6 +22,11 @@ SECONDS = 60.0
 class SlurmError(RuntimeError):
     """A command failed: SLURM's own message, on one line."""
 
+    @property
+    def unanswered(self) -> bool:
+        """SLURM was not there to be asked, rather than that it refused."""
+        return re.search(r"unable to contact|connect failure|timed out|no answer|communication|zero bytes", str(self), re.I) is not None
+
 
 def run(*command: str, seconds: float = SECONDS) -> str:
     """What a command prints. Raises SlurmError with what it says otherwise."""

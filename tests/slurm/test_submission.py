@@ -331,6 +331,34 @@ def test_chain_submits_finalists_and_writes_the_report(tmp_path: Path, mnist5k: 
     assert not summary.get("complaints"), summary
 
 
+@pytest.mark.parametrize("when", ["before anything", "between the trials and the successor"])
+def test_a_chain_lives_on_where_the_controller_is_away(
+    tmp_path: Path, mnist5k: Path, jobs: Cluster, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    study = Study(tmp_path, mnist5k, LATER, **TINY, search={"seeds": 2})
+    away, gone = tmp_path / "away", tmp_path / "gone"
+    count = f'[ "$1" = --help ] || echo call >> {tmp_path / "calls"}'
+    second = f'[ "$(wc -l < {tmp_path / "calls"})" = 2 ] && touch {away} && while [ ! -e {gone} ]; do sleep 0.1; done'
+    executable(tmp_path / "bin" / "sbatch", f'{count}\n[ "$1" = --help ] || {{ {second}; }}\nexec {shutil.which("sbatch")} "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "99999")  # as in a chain's job
+    if when == "before anything":
+        jobs.stop_controller()
+        away.touch()
+        gone.touch()
+    process = study.start("submit", "--chain")
+    assert process.stderr is not None
+    until(away.exists, 60)
+    if when != "before anything":
+        jobs.stop_controller()
+        gone.touch()
+    first = process.stderr.readline()
+    jobs.start_controller()
+    out, err = process.communicate(timeout=120)
+    assert first.startswith("error: ") and process.returncode == 0 and "goes on when" in out, (first, out, err)
+    assert len(study.in_queue()) == 2 and len(chained()) == 1
+
+
 def test_no_secret_is_written_and_files_are_the_users_own(tmp_path: Path, mnist5k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = {"MLFLOW_TRACKING_TOKEN": "t0ken-d1e2f3", "MLFLOW_TRACKING_PASSWORD": "passw0rd-a1b2c3"}
     for name, value in secrets.items():
