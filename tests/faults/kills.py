@@ -186,13 +186,13 @@ class Kill:
     """all ranks at once"""
     fell: str = ""
     seconds: float = 0.0
-    """until the next life trained"""
+    """until the next life trained; 0 if that was killed before"""
 
 
 class Victim(Watched):
     def suffer(self, kills: Sequence[Kill], rng: random.Random) -> None:
         """One kill a life."""
-        for kill in kills:
+        for kill, following in zip(kills, [*kills[1:], None], strict=True):
             reached = 0
             while not reached:  # a life may end by itself, e.g. if its port was taken
                 ranks, before = self.ranks(), len(self.lines())
@@ -205,6 +205,8 @@ class Victim(Watched):
             kill.fell = self._phase(before)
             if kill.fell == "exit":
                 return
+            if following is not None and following.phase == "start-up":
+                continue  # which is over once the next life trains
             starts = self._starts()
             until(lambda starts=starts: self._starts() > starts, every=0.05)
             kill.seconds = time.monotonic() - moment
