@@ -616,7 +616,11 @@ def _threads(pid: int) -> list[int]:
 
 
 def _schedule(pid: int, policy: int, nice: int) -> None:
-    """Priority of a thread, as far as this user may set it (upwards only root may): CPU, and the disk's with the policy."""
+    """Priority of a thread, as far as this user may set it (upwards only root may): CPU, and the disk's with the policy.
+
+    Where Linux groups by session (autogroup), even an idle group gives way only at the next tick: of busy cores it takes little, but
+    what waits for the disk beside it, as the commit of a checkpoint does, may wake up some milliseconds late each time.
+    """
     with suppress(OSError):
         os.sched_setscheduler(pid, policy, os.sched_param(0))
     with suppress(OSError):

@@ -1,7 +1,8 @@
 """One rank of the loop benchmark: `ours` is train() with journal and delivery; `bare` is a plain PyTorch loop.
 
 Prints {"steps": seconds between the ends of consecutive optimizer steps}. Both use the same model, batches, gloo DDP and
-one thread a rank. Intervals that hold an evaluation, a checkpoint or (at first) DDP's regrouping are left out of both.
+one thread a rank. Intervals that hold an evaluation, a checkpoint's snapshot or commit, or (at first) DDP's regrouping are
+left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as td
@@ -20,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harness import models
+from harness.attempt import Attempt
 from harness.config import Trial
 from harness.data import loader
 from harness.schedule import steps_per_epoch, total_steps
@@ -29,11 +32,20 @@ from harness.train import train
 WARM_UP = 10
 
 
-def ours(trial: Trial, store: Store) -> list[float]:
+def ours(trial: Trial, store: Store) -> tuple[list[float], set[int]]:
+    """(the end of each step, how many had ended at each commit of a checkpoint): it comes when its files are written, steps later."""
     ends: list[float] = []
+    commits: set[int] = set()
+
+    class Watched(Attempt):
+        def commit(self) -> None:
+            commits.add(len(ends))
+            super().commit()
+
     register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
-    train(trial, store)
-    return ends
+    with patch("harness.train.Attempt", Watched):
+        train(trial, store)
+    return ends, commits
 
 
 def bare(trial: Trial) -> list[float]:
@@ -57,8 +69,8 @@ def main() -> None:
     kind, root, folder = sys.argv[1:]
     torch.set_num_threads(1)
     trial = TrialFolder(Path(folder)).read_config()
-    ends = ours(trial, Store(Path(root))) if kind == "ours" else bare(trial)
-    interrupted = {s for s in range(0, total_steps(trial), steps_per_epoch(trial))}
+    ends, commits = ours(trial, Store(Path(root))) if kind == "ours" else (bare(trial), set())
+    interrupted = {s for s in range(0, total_steps(trial), steps_per_epoch(trial))} | commits
     print(json.dumps({"steps": [b - a for i, (a, b) in enumerate(itertools.pairwise(ends), 1) if i >= WARM_UP and i not in interrupted]}))
     sys.stdout.flush()
     os._exit(0)  # torch may hang while it takes gloo down; the figures are out
