@@ -48,9 +48,8 @@ class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
 
     def _asked(self) -> str:
         """What sbatch was asked for, of which its messages name little."""
-        given = {**self.parameters, **(self.parameters.get("additional_parameters") or {})}
         words = ("partition", "account", "qos", "constraint", "nodes", "ntasks_per_node", "cpus_per_task", "gpus_per_node", "mem", "time")
-        return "asked for: " + ", ".join(f"{word} {given[word]}" for word in words if given.get(word) is not None)
+        return "asked for: " + ", ".join(f"{word} {self.parameters[word]}" for word in words if self.parameters.get(word) is not None)
 
 
 def executor(

@@ -214,7 +214,8 @@ def _refusals(lab: Lab, cases: Mapping[str, tuple[Mapping[str, Any], str]]) -> I
         folder = study.store.study(study.name)
         found = {
             "exit status": int(process.returncode != 1),
-            "lines of the message": abs(len(err.splitlines()) - 1) + int(not (err.startswith("error: sbatch: ") and cases[name][1] in err)),
+            "lines of the message": abs(len(err.splitlines()) - 1)
+            + int(not (err.startswith("error: sbatch: ") and cases[name][1] in err and "(asked for: partition " in err)),
             "submitted lines": sum(one["event"] == "submitted" for one in Ledger(folder).lines()),
             "submission folders": len(list((folder / "submissions").iterdir())),
             "trials not pending": sum(s.state != "pending" for s in study.trials().values()),
