@@ -23,6 +23,8 @@ from harness.data import loader, order
 from harness.dist import Ranks, joined
 from harness.schedule import schedule, total_steps
 
+AHEAD = 2
+"""steps that the host may be ahead of the device, in every kind as loader.on_device has it on shards"""
 KINDS = ("ours, on shards", "ours, on a batch at hand", "bare loop")
 
 LARGE = 31 << 20
@@ -36,6 +38,10 @@ class Measured:
     """kind -> one a round, all ranks together"""
     step_seconds: dict[str, list[float]]
     """kind -> each step of this rank, from the end of the step before to its own, by the device's clock"""
+    host_seconds: dict[str, list[float]]
+    """kind -> of each step, what this process takes to hand it to the device, the wait for its batch left out; on a CPU the step itself"""
+    read_per_second: float
+    """images a second, all ranks together, that the same batches are read at while nothing trains"""
     wait_fraction: float
     """of the loop on shards: share of its time spent waiting for a batch"""
     flops_a_second: float
@@ -46,12 +52,14 @@ class Measured:
 
     def lines(self) -> Iterator[str]:
         best = statistics.median(self.images_per_second[KINDS[1]])
+        on_a_device = self.peak_bytes is not None
         for kind in KINDS:
             rates, steps = self.images_per_second[kind], sorted(self.step_seconds[kind])
             p50, p99 = (1e3 * steps[min(len(steps) - 1, int(q * len(steps)))] for q in (0.5, 0.99))
+            host = f", {1e3 * statistics.median(self.host_seconds[kind]):.2f} ms of it the host's" if on_a_device else ""
             yield (
                 f"{kind:<26}{statistics.median(rates):>12,.1f} images/s ({min(rates):,.1f} to {max(rates):,.1f}), "
-                f"{statistics.median(rates) / best:.3f} of the batch at hand; step p50 {p50:.2f} ms, p99 {p99:.2f} ms"
+                f"{statistics.median(rates) / best:.3f} of the batch at hand; step p50 {p50:.2f} ms{host}, p99 {p99:.2f} ms"
             )
         ours, bare = (self.images_per_second[kind] for kind in KINDS[1:])
         ratio = statistics.median(b / o for o, b in zip(ours, bare, strict=True))
@@ -60,7 +68,8 @@ class Measured:
         share = f"{self.flops_a_second / peak:.0%} of its {peak / 1e12:.0f} in bf16" if peak else "its peak is not known here"
         memory = f"; peak memory {self.peak_bytes / 1e9:.2f} GB" if self.peak_bytes is not None else ""
         yield (
-            f"waiting for data: {self.wait_fraction:.1%} of the loop on shards; {self.flops_a_second / 1e12:.3f} TFLOP/s a rank on "
+            f"waiting for data: {self.wait_fraction:.1%} of the loop on shards, read at {self.read_per_second:,.0f} images/s while nothing "
+            f"trains; {self.flops_a_second / 1e12:.3f} TFLOP/s a rank on "
             f"{self.device}, {share}{memory}"
         )
 
@@ -90,12 +99,18 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
         }
         rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
         seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        host: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for number in range(rounds + 1):
             for turn, kind in enumerate(KINDS[number % 3 :] + KINDS[: number % 3], 1):  # each kind follows each
                 ranks.barrier()
                 marks = [_mark(ranks.device)]
                 for step in range(steps):
+                    if step >= AHEAD:
+                        _wait(marks[-AHEAD])
+                    began, before = time.perf_counter(), waited
                     takes[kind](step)
+                    if number:
+                        host[kind].append(time.perf_counter() - began - (waited - before))
                     marks.append(_mark(ranks.device))
                 ends = _seconds(marks)
                 if number:
@@ -104,11 +119,14 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
                 if not number:
                     waited = 0.0
                 progress(number * len(KINDS) + turn, (rounds + 1) * len(KINDS))
+        reading = _reading(shards, steps, trial, ranks)
         cuda = ranks.device.type == "cuda"
         flops = speed.flops_an_image(ours.evaluation_model(), images.shape[1], images.shape[-1]) * len(images)
         return Measured(
             images_per_second=rates,
             step_seconds=seconds,
+            host_seconds=host,
+            read_per_second=reading,
             wait_fraction=waited / sum(seconds[KINDS[0]]),
             flops_a_second=flops / statistics.median(seconds[KINDS[1]]),
             device=torch.cuda.get_device_name(ranks.device) if cuda else f"a CPU, {torch.get_num_threads()} thread(s)",
@@ -125,12 +143,29 @@ def _mark(device: torch.device) -> float | torch.cuda.Event:
     return event
 
 
+def _wait(mark: float | torch.cuda.Event) -> None:
+    """Until the device has come to it."""
+    if not isinstance(mark, float):
+        mark.synchronize()
+
+
 def _seconds(marks: list[float | torch.cuda.Event]) -> list[float]:
     """Of each mark since the first; waits for the device."""
     first = marks[0]
     if not isinstance(first, float):
         torch.cuda.synchronize()
     return [mark - first if isinstance(mark, float) else first.elapsed_time(mark) / 1e3 for mark in marks]  # type: ignore[operator, union-attr]
+
+
+def _reading(batches: Iterator[loader.Batch], steps: int, trial: Trial, ranks: Ranks) -> float:
+    """images/s, all ranks together; a batch that was ready before is not counted."""
+    for _ in range(loader.AHEAD + 1):
+        next(batches)
+    ranks.barrier()
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    return steps * trial.budget.global_batch_size / (time.perf_counter() - began)
 
 
 def _batches(data: loader.DataSet, trial: Trial, ranks: Ranks) -> Iterator[loader.Batch]:

@@ -491,7 +491,7 @@ def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Ge
         for tensor in copied:  # its memory is of the other stream, which may not use it again before this one is done with it
             tensor.record_stream(now)
         yield copied
-        steps.append(torch.cuda.Event())
+        steps.append(torch.cuda.Event(blocking=True))  # without, waiting for it keeps a core busy that could read
         steps[-1].record()
 
 

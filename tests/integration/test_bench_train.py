@@ -36,9 +36,20 @@ def test_the_three_take_turns_on_what_they_say(few: Path, monkeypatch: pytest.Mo
     for kind in bench.KINDS:
         assert len(measured.images_per_second[kind]) == 2
         assert len(measured.step_seconds[kind]) == 18
+        assert all(0 < a <= b for a, b in zip(measured.host_seconds[kind], measured.step_seconds[kind], strict=True)), "no wait for a batch"
         assert 100 / max(measured.step_seconds[kind]) <= min(measured.images_per_second[kind])
     assert 0 < measured.wait_fraction < 1
+    assert sum(measured.host_seconds[bench.KINDS[0]]) < (1 - measured.wait_fraction) * sum(measured.step_seconds[bench.KINDS[0]])
+    assert measured.read_per_second > 0
     assert measured.peak_bytes is None
+
+
+def test_of_a_device_the_host_s_part_is_told() -> None:
+    one = {kind: [0.01] for kind in bench.KINDS}
+    found = bench.Measured(one, one, {kind: [0.0025] for kind in bench.KINDS}, 12345.6, 0.25, 1e12, "NVIDIA H100", 2 * 10**9)
+    lines = list(found.lines())
+    assert "step p50 10.00 ms, 2.50 ms of it the host's, p99 10.00 ms" in lines[0]
+    assert "waiting for data: 25.0% of the loop on shards, read at 12,346 images/s while nothing trains; " in lines[-1]
 
 
 def test_what_is_printed(few: Path, tmp_path: Path) -> None:
@@ -50,4 +61,6 @@ def test_what_is_printed(few: Path, tmp_path: Path) -> None:
     assert out[0] == "mnist5k_cnn, AdamWR: mnist5k_cnn, batch 100, ddp"
     assert [line.partition("  ")[0] for line in out[1:4]] == list(bench.KINDS)
     assert "time of our step / of the bare one" in out[4]
+    assert "the host's" not in out[1]
+    assert "images/s while nothing trains" in out[5]
     assert "its peak is not known here" in out[5]
