@@ -16,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -471,28 +472,37 @@ def train_batches(
         yield from zip(images.split(size), labels.split(size), strict=True)
 
 
-def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+def on_device(
+    batches: Generator[Batch, None, None], device: torch.device, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Generator[Batch, None, None]:
     """The batches on the device, each copied on a stream of its own while the device still works on what came before.
 
-    On CUDA the host is at most two steps ahead, so that no more than three batches lie there.
+    On CUDA the host is at most two steps ahead, so that no more than three batches lie there. waiting: entered for as long as a
+    batch is not read yet; the wait for the device, which is training, is none of it.
     """
-    if device.type != "cuda":
-        yield from batches
-        return
-    copies = torch.cuda.Stream(device)
-    steps: deque[torch.cuda.Event] = deque()
-    for images, labels in batches:
-        if len(steps) == 3:
-            steps.popleft().synchronize()
-        with torch.cuda.stream(copies):
-            copied = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        now = torch.cuda.current_stream(device)
-        now.wait_stream(copies)
-        for tensor in copied:  # its memory is of the other stream, which may not use it again before this one is done with it
-            tensor.record_stream(now)
-        yield copied
-        steps.append(torch.cuda.Event(blocking=True))  # without, waiting for it keeps a core busy that could read
-        steps[-1].record()
+
+    def read() -> Batch | None:
+        with waiting():
+            return next(batches, None)
+
+    with closing(batches):
+        if device.type != "cuda":
+            yield from iter(read, None)
+            return
+        copies = torch.cuda.Stream(device)
+        steps: deque[torch.cuda.Event] = deque()
+        for images, labels in iter(read, None):
+            if len(steps) == 3:
+                steps.popleft().synchronize()
+            with torch.cuda.stream(copies):
+                copied = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            now = torch.cuda.current_stream(device)
+            now.wait_stream(copies)
+            for tensor in copied:  # its memory is of the other stream, which may not use it again before this one is done with it
+                tensor.record_stream(now)
+            yield copied
+            steps.append(torch.cuda.Event(blocking=True))  # without, waiting for it keeps a core busy that could read
+            steps[-1].record()
 
 
 def eval_batches(view: View, rank: int, world_size: int, batch_size: int) -> Generator[Batch, None, None]:
