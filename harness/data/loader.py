@@ -434,6 +434,11 @@ def _box(words: npt.NDArray[np.uint64], crop: Crop, height: int, width: int) -> 
     return Box(*order.crop(words, height, width, crop.scale, crop.ratio))
 
 
+def works_on_each(recipe: Recipe) -> bool:
+    """Python does, on each image: threads would only take turns, so processes read."""
+    return recipe.augment is not None
+
+
 def train_batches(
     dataset: DataSet, trial: Trial, rank: int, world_size: int, start_step: int, stop_step: int
 ) -> Generator[Batch, None, None]:
@@ -458,7 +463,7 @@ def train_batches(
             yield Request(positions, augment, schedule.image_size(trial, step))  # steps taken together are of one epoch
             step = steps.stop
 
-    if recipe.augment is not None and view.threads:
+    if works_on_each(recipe) and view.threads:
         workers.check_memory(size * math.prod(dataset.shape), view.threads)
         yield from workers.read(view, dataset.substitutes, requests())
         return
