@@ -52,6 +52,8 @@ LEAST_SIZE = {"convnext_tiny": 32}
 """models that take no smaller images, pixels; all others take 8"""
 OF_ONE_SIZE = ("mnist5k_cnn", "mnist5k_mlp", "mnist5k_cnn_bn", "vit_s16")
 """models with weights for each place of an image: they take images of image_size and no others"""
+OF_COLOUR = ("resnet18", "resnet50", "resnet50_zero_init", "regnet_y_1_6gf", "convnext_tiny", "vit_s16")
+"""models that take three channels, as torchvision builds them"""
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -317,6 +319,8 @@ class Workload(Frozen):
         size, model, ramp = self.data.image_size, self.model.name, self.recipe.resolution
         if model == "vit_s16" and size % 16:
             raise ValueError(f"data.image_size: {size} is no multiple of {model}'s patches of 16 pixels; e.g. {-(-size // 16) * 16}")
+        if model in OF_COLOUR and self.data.channels == 1:
+            raise ValueError(f"data.channels: 1 is too few for {model}; 3, with mean and std of three, reads grey images as RGB")
         for key, value in (("recipe.resolution", ramp), ("data.eval_image_size", self.data.eval_image_size)):
             if value is not None and model in OF_ONE_SIZE:
                 raise ValueError(f"{key}: {model} takes images of one size, data.image_size, {size}; leave {key} out")

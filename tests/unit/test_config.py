@@ -160,6 +160,10 @@ def test_resize_and_crop() -> None:
             {"data": {"image_size": 32}, "model": "vit_s16", "recipe": RAMP},
             "workload.recipe.resolution: vit_s16 takes images of one size, data.image_size, 32; leave recipe.resolution out",
         ),
+        (
+            {"data": {"channels": 1, "mean": [0.5], "std": [0.3]}},
+            "workload.data.channels: 1 is too few for resnet18; 3, with mean and std of three, reads grey images as RGB",
+        ),
         ({"recipe": {"resolution": {"start": 8}}}, "workload.recipe.resolution.epochs: missing; e.g. [65, 76]"),
         (
             {"recipe": {"resolution": {"start": 8, "epochs": [3, 3]}}},
