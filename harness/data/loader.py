@@ -392,7 +392,8 @@ class Augment:
                 if flip:
                     image.copy_(image.flip(-1))
         if recipe.translate:
-            images.copy_(torch.from_numpy(shifted(images.numpy(), draws.dx[positions], draws.dy[positions], recipe.translate)))
+            dx, dy = draws.dx[positions], draws.dy[positions]
+            images.copy_(torch.from_numpy(shifted(images.numpy(), dx, dy, recipe.translate, recipe.border)))
         if recipe.augment is not None:
             apply = _operations(recipe.augment)
             for i, position in enumerate(positions.tolist()):
@@ -523,10 +524,12 @@ def eval_batches(view: View, rank: int, world_size: int, batch_size: int) -> Gen
         yield from view.read(Request(positions) for positions in parts)
 
 
-def shifted(images: Pixels, dx: IntArray, dy: IntArray, most: int) -> Pixels:
-    """Image i of (n, C, H, W) moved dx[i] pixels right and dy[i] down, |dx|, |dy| <= most; what comes in is 0."""
+def shifted(images: Pixels, dx: IntArray, dy: IntArray, most: int, border: Sequence[int] | None = None) -> Pixels:
+    """Image i of (n, C, H, W) moved dx[i] pixels right and dy[i] down, |dx|, |dy| <= most; what comes in is `border`, (C,), or 0."""
     n, channels, height, width = images.shape
     framed = np.zeros((n, channels, height + 2 * most, width + 2 * most), dtype=np.uint8)
+    if border is not None:
+        framed[:] = np.array(border, dtype=np.uint8)[:, None, None]
     framed[:, :, most : most + height, most : most + width] = images
     windows = sliding_window_view(framed, (height, width), axis=(2, 3))
     return windows[np.arange(n), :, most - dy, most - dx]
