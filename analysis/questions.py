@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from analysis.compare import ArmResult, Comparison, Pair, interval, sentence, signed
 from analysis.maps import Map
 from analysis.runs import Records
-from analysis.searches import Duel, Searches
+from analysis.searches import FEWEST, Duel, Searches
 from harness.config import Arm
 
 
@@ -91,7 +91,7 @@ def _tuning(arms: dict[str, Arm], comparison: Comparison, searches: Searches) ->
 def _at_equal_budgets(pair: Pair, searches: Searches) -> Iterator[str]:
     duels = [duel for duel in searches.duels if (duel.a, duel.b) == (pair.a, pair.b) and duel.wins.interval is not None]
     if not duels:
-        yield f"{pair.a} and {pair.b} cannot be compared at equal tuning budgets: that needs a search of several points in both."
+        yield (f"{pair.a} and {pair.b} cannot be compared at equal tuning budgets: that needs a search of {FEWEST} points or more in both.")
         return
     first = searches.noninferior.get((pair.a, pair.b))
     margin = duels[0].difference.margin

@@ -156,10 +156,10 @@ class TrialFolder:
 
     def _result(self) -> dict[str, Any] | None:
         try:
-            result: dict[str, Any] = json.loads(self.result.read_text())
+            result = json.loads(self.result.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return result
+        return result if isinstance(result, dict) else None
 
     def is_running(self) -> bool:
         """Whether somebody holds the lock; never on a file system without locks.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shlex
@@ -18,8 +19,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from harness import provenance, tracking
 from harness import study as studies
-from harness import tracking
 from harness.config import CONFIGS, BadInput, Cluster, Slurm, Trial, find, parse, read_cluster, read_yaml
 from harness.journal import NO_ROOM
 from harness.publish import publish
@@ -54,7 +55,23 @@ UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]  # click'
 
 def main() -> None:
     """Entry point of `wrbench`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks must not end a command
     sys.exit(run(app))
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"wrbench {provenance.version('wrbench') or '(not installed)'}, commit {provenance.code()['commit'] or 'unknown'}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="of this and its commit")] = False,
+) -> None:
+    """AdamWR against SGDWR, measured."""
 
 
 def run(commands: typer.Typer) -> int:
@@ -66,6 +83,9 @@ def run(commands: typer.Typer) -> int:
     except (DeliveryError, SlurmError) as error:
         return _complain(str(error), 1)
     except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message, or with rich printed already
+            print(error.format_message(), end="")
+            return 2
         return _complain(f"{error.format_message()} (see --help)", 2)
     except (typer.Abort, KeyboardInterrupt):
         return 130
@@ -393,7 +413,8 @@ def notebook() -> None:
     if importlib.util.find_spec("notebook") is None:
         raise typer.Exit(_complain("jupyter notebook is not installed; make setup, or pip install -e '.[notebook]'", 1))
     folder = CONFIGS.parent / "analysis" / "notebooks"
-    os.execv(sys.executable, [sys.executable, "-m", "notebook", "--ip=127.0.0.1", f"--notebook-dir={folder}"])  # noqa: S606
+    root = ["--allow-root"] if os.geteuid() == 0 else []  # Jupyter refuses otherwise, as in a container
+    os.execv(sys.executable, [sys.executable, "-m", "notebook", "--ip=127.0.0.1", f"--notebook-dir={folder}", *root])  # noqa: S606
 
 
 @app.command("doctor")

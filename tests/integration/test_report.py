@@ -298,6 +298,12 @@ def test_nan_and_inf_in_the_record(reported: Reported) -> None:
     assert "AdamWR: anytime/val_top1 is missing for finished seeds 0, 1" in text
 
 
+def test_a_search_too_small_for_budgets_is_told_how_many_points_it_takes(reported: Reported) -> None:
+    replaced = {"search": {"points": 2, "seeds": 1}, "finalists": None}
+    folder = reported(replaced, lambda store, _, trial: synthetic.write_trial(store, trial))
+    assert "needs a search of 4 points or more in both" in said_by(folder)
+
+
 def test_the_search_still_runs_and_nothing_is_invented_for_the_finalists(reported: Reported) -> None:
     def write(store: Store, place: int, trial: Trial) -> None:
         if place < 2:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from harness import provenance
 from harness.store import Store
 from harness.study import planned
 from launch import doctor
@@ -229,6 +230,37 @@ sys.exit(status)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("error: TRIAL: 'x'")
+
+
+@pytest.mark.parametrize("arguments", [[], ["shards"]])
+def test_without_arguments_help_is_shown(wrbench: Command, arguments: list[str]) -> None:
+    code, out, err = wrbench(*arguments)
+    assert (code, err) == (2, "")
+    assert "Usage: wrbench" in out and ("verify" if arguments else "study") in out
+
+
+def test_the_version_names_the_commit(wrbench: Command) -> None:
+    code, out, err = wrbench("--version")
+    assert (code, err) == (0, "")
+    assert out == f"wrbench {provenance.version('wrbench')}, commit {provenance.code()['commit']}\n"
+
+
+def test_a_path_that_the_terminal_cannot_show_ends_no_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch", "study", "status", "demo", "--store", str(tmp_path / "n\u00f6")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "n\\xf6" in done.stdout
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_the_notebook_runs_as_root(wrbench: Command, monkeypatch: pytest.MonkeyPatch, uid: int) -> None:
+    """Jupyter refuses to, unless it is told."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    assert wrbench("notebook")[0] == 0
+    assert ("--allow-root" in started[0]) == (uid == 0)
 
 
 def test_the_doctor_sees_bytecode_that_python_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

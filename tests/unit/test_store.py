@@ -88,6 +88,14 @@ def test_a_failed_attempt_can_be_given_up_and_a_result_cannot(folder: TrialFolde
     assert folder.state().state == "finished"
 
 
+@pytest.mark.parametrize("content", ["[1,2]", "3", "null", "{}", "{"])
+def test_a_result_that_is_no_mapping_is_none(folder: TrialFolder, content: str) -> None:
+    attempt(folder, 3, end="finished")
+    folder.result.write_text(content)
+    assert folder.finished_result() is None
+    assert folder.state().state == "interrupted"
+
+
 def test_who_was_cut_off_does_not_close_what_goes_on_elsewhere(folder: TrialFolder) -> None:
     attempt(folder, 5)
     folder.claim()  # on another node
