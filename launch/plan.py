@@ -181,13 +181,23 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
     plan = planned(loaded, standings(store, loaded.name).results())
     ranks = world_size(loaded, cluster)
     steps = schedule.total_steps(any_trial(loaded))
-    cells = [(p.trial.trial_id if p.trial else "pending", p.arm, p.phase, str(p.seed), str(steps), _point(loaded, p.trial)) for p in plan]
+    pending = Counter((p.arm, p.phase) for p in plan if p.trial is None)
+    cells = []
+    for p in plan:
+        if p.trial is not None:
+            cells.append((p.trial.trial_id, p.arm, p.phase, str(p.seed), str(steps), _point(loaded, p.trial)))
+        elif count := pending.pop((p.arm, p.phase), 0):  # of all of an arm one row: they differ in nothing but the seed
+            cells.append((f"{count} pending", p.arm, p.phase, "-", str(steps), "decided by the search"))
     out.print(table(("trial", "arm", "phase", "seed", "steps", "point"), cells))
     for line in dict.fromkeys(_cycles(p.trial) for p in plan if p.trial):
         out.print(line, soft_wrap=True)
     per_step = measured_seconds_per_step(any_trial(loaded), ranks, store)
     at_once = _at_once(cluster, ranks, len(plan))
-    cost = duration(math.ceil(len(plan) / at_once) * steps * per_step) + " of training" if per_step else NOT_MEASURED
+    cost = (
+        duration(math.ceil(len(plan) / at_once) * steps * per_step) + " of training (start-up and evaluation are not in it)"
+        if per_step
+        else NOT_MEASURED
+    )
     out.print(
         f"{loaded.name}: {len(plan)} trials of {steps} steps, {ranks} rank(s) each, {at_once} at a time; estimated cost: {cost}",
         soft_wrap=True,
@@ -249,10 +259,8 @@ def _cycles(trial: Trial) -> str:
     return f"{trial.arm}: cycles end at epochs {epochs} (steps {steps})"
 
 
-def _point(loaded: LoadedStudy, trial: Trial | None) -> str:
+def _point(loaded: LoadedStudy, trial: Trial) -> str:
     """The values that the search chose, the optimizer's first."""
-    if trial is None:
-        return "decided by the search"
     values = axis_values(loaded.study.arms[trial.arm], trial)
     return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
 

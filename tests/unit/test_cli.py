@@ -134,7 +134,9 @@ def test_plan_with_the_schedule_of_every_step(wrbench: Command, store: Path) -> 
 def test_plan_for_people_says_what_is_known_and_warns(wrbench: Command, store: Path) -> None:
     code, out, err = wrbench("study", "plan", "demo", "--set", "budget.epochs=6", "--set", "workload.data.path=nowhere", "--store", store)
     assert code == 0
-    assert out.count("pending") == 6 and "not measured yet" in out
+    pending = [line.split() for line in out.splitlines() if "pending" in line]
+    assert [line[:5] for line in pending] == [["3", "pending", arm, "finalists", "-"] for arm in ("AdamWR", "SGDWR")]
+    assert "not measured yet" in out
     assert "finalists: 6 trials, GPU-hours of training: not measured yet" in out
     assert "3 seeds an arm, points of error: the smallest difference found with 80% power (two-sided 5%)" in out
     assert ["0.10", "0.31", "0.46", "0.17", "0.24"] in [line.split() for line in out.splitlines()]
@@ -152,12 +154,14 @@ def test_plan_counts_the_gpu_hours_of_each_phase_once_a_step_is_measured(wrbench
     assert row["gpu_hours"] == pytest.approx(8 * 245 * 0.05 * 2 / 3600, rel=0.05)  # 0.05 s a step, two ranks
     code, out, _ = wrbench("study", "plan", loaded.source, "--store", store.root)
     assert code == 0 and "search: 8 trials, GPU-hours of training: 0.05" in out
+    assert "of training (start-up and evaluation are not in it)" in out
     assert "one seed a configuration: no difference can be told from chance" in out
 
 
 def test_plan_shows_the_axes_as_they_were_drawn(wrbench: Command, store: Path) -> None:
     code, out, _ = wrbench("study", "plan", "mnist5k_adamwr_vs_sgdwr", "--store", store)
-    assert code == 0 and out.count("pending") == 96
+    pending = [line.split() for line in out.splitlines() if " pending " in line]
+    assert code == 0 and sum(int(line[0]) for line in pending) == 96 and len({line[2] for line in pending}) == len(pending)
     line = next(line for line in out.splitlines() if " AdamWR-eps.narrow " in line)
     assert re.search(
         r"optimizer\.effective_lr [\d.]+, optimizer\.eps [\d.e-]+, optimizer\.one_minus_beta1 0\.\d+, decay\.weight_decay", line
@@ -261,6 +265,19 @@ def test_the_notebook_runs_as_root(wrbench: Command, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     assert wrbench("notebook")[0] == 0
     assert ("--allow-root" in started[0]) == (uid == 0)
+
+
+@pytest.mark.parametrize(
+    ("uri", "ok", "said"),
+    [("foo://bar", False, "does not know"), ("mysql://ann:s3cret@nowhere/db", True, "mysql://***@nowhere/db: not tried")],
+)
+def test_the_doctor_claims_nothing_of_a_tracking_store_that_it_did_not_try(
+    store: Path, monkeypatch: pytest.MonkeyPatch, uri: str, ok: bool, said: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    finding = doctor._tracking(Store(store))
+    assert finding.ok == ok and said in finding.text
+    assert not store.exists()
 
 
 def test_the_doctor_sees_bytecode_that_python_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
