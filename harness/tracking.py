@@ -37,6 +37,7 @@ import urllib.request
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -127,6 +128,10 @@ def check_store(store: Store) -> None:
         raise BadInput(
             f"MLFLOW_TRACKING_URI: {uri.rpartition('@')[2]!r} is not a server or a database; e.g. http://127.0.0.1:5000 or sqlite:////abs/mlflow.db"
         )
+    if (scheme := _scheme(uri).partition("+")[0]) not in (known := _known_schemes()):
+        raise BadInput(
+            f"MLFLOW_TRACKING_URI: {redacted(uri)!r} has scheme {scheme!r}, which MLflow does not know; it knows: {', '.join(known)}"
+        )
     if not uri.startswith("sqlite:///"):
         return
     path = Path(uri.removeprefix("sqlite:///"))
@@ -148,6 +153,12 @@ def check_store(store: Store) -> None:
         raise BadInput(f"{path}: a database, but not MLflow's; move it away, or use another --store")
 
 
+def _known_schemes() -> list[str]:
+    """MLflow's own, and those of its plugins that are installed."""
+    plugins = (plugin.name for plugin in entry_points(group="mlflow.tracking_store"))
+    return sorted({"http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc", *plugins} - {"file"})
+
+
 def open_ui(store: Store, port: int) -> None:
     """Prints the addresses of MLflow's UI and of the studies in it; for a store in a database, becomes that UI until it is told to end."""
     uri = tracking_uri(store)
@@ -155,6 +166,8 @@ def open_ui(store: Store, port: int) -> None:
         print(f"MLflow UI: {redacted(uri)}")
         _print_studies(store, re.sub(r"://\S*@", "://", uri))
         return
+    if uri == _own_uri(store) and not (store.root / "mlflow.db").exists() and not any(store.root.glob("*/trials/*")):
+        raise BadInput(f"--store {store.root}: there is no store here that has trials; e.g. --store ./runs")
     check_store(store)
     try:
         with socket.create_server(("127.0.0.1", port)):
@@ -567,8 +580,9 @@ def sync(store: Store, study: str, tracking_uri: str | None = None) -> tuple[Del
 class Delivery:
     """A delivering process beside a submission or a job; leaving the context stops it after its final pass."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, logged_before: int) -> None:
         self.process = process
+        self._log, self._logged_before = log, logged_before
 
     def stop(self, timeout: float = 60) -> None:
         """Final pass, then the end; at once if a server does not answer. What is left after `timeout` seconds is for `wrbench sync`."""
@@ -580,6 +594,12 @@ class Delivery:
         except subprocess.TimeoutExpired:
             self.process.kill()  # safe at any point, see `deliver`
             self.process.wait()
+
+    def failure(self) -> str:
+        """What it logged last; for when MLflow lacks something after the end."""
+        logged = self._log.read_bytes()[self._logged_before :].decode(errors="replace").splitlines() if self._log.exists() else []
+        said = logged[-1].split(" ", 2)[-1] if logged else "it took too long"
+        return said.partition(": the rest is left to")[0]
 
     def __enter__(self) -> Self:
         return self
@@ -593,7 +613,9 @@ def start_delivery(store: Store, study: str, trials: Collection[str] | None = No
 
     Failures: runs/STUDY/delivery.log, for some trials in the logs of the first of them.
     """
-    _log_file(store, study, trials).parent.mkdir(parents=True, exist_ok=True)
+    log = _log_file(store, study, trials)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    logged_before = log.stat().st_size if log.exists() else 0
     command = [sys.executable, "-m", "harness.tracking", str(store.root), study, *(trials or ()), "--parent-pid", str(os.getpid())]
     # A child inherits the mask: SIGTERM waits until the child asks for it, even one sent before Python is up.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -605,7 +627,7 @@ def start_delivery(store: Store, study: str, trials: Collection[str] | None = No
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _schedule(process.pid, os.SCHED_IDLE, 19)  # training ranks on the same cores come first
-    return Delivery(process)
+    return Delivery(process, log, logged_before)
 
 
 def _threads(pid: int) -> list[int]:

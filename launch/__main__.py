@@ -166,7 +166,10 @@ def submit(
     if detach:
         print(submissions.detach(loaded, kept, where, [a for a in sys.argv[1:] if a != "--detach"]))
         return 0
-    return submissions.submit(loaded, kept, where, phase=phase, retry=retry, again=f"wrbench {shlex.join(sys.argv[1:])}")
+    again = f"wrbench {shlex.join(sys.argv[1:])}"
+    given = ["--store", str(store)] if store != RUNS else []
+    sync = "wrbench " + shlex.join(["sync", file, *(part for one in overrides or () for part in ("--set", one)), *given])
+    return submissions.submit(loaded, kept, where, phase=phase, retry=retry, again=again, sync=sync)
 
 
 @study.command("status")

@@ -192,6 +192,9 @@ def _tracking(store: Store) -> Finding:
         if uri.startswith(("http://", "https://")):
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()  # noqa: S310 - http(s), just tested
             return Finding("store", True, f"MLflow server {shown} answers", required=True)
+        if not uri.startswith("sqlite:"):
+            check_store(store)
+            return Finding("store", True, f"{shown}: not tried", required=True)
         was_there = store.root.exists()
         check_store(store)
         if not was_there and store.root.exists():

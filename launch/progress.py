@@ -22,7 +22,7 @@ class Snapshot:
     """Where all trials of a submission stand together."""
 
     steps: int
-    """optimizer steps done, over all trials; a trial that ended early counts in full"""
+    """optimizer steps done, over all trials; a trial that diverged counts in full"""
     total_steps: int
     finished: int
     running: int

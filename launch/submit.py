@@ -14,8 +14,8 @@ import sys
 import time
 import traceback
 import uuid
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,7 +30,7 @@ from launch.ledger import Ledger, Submitter, is_alive
 from launch.local import SECONDS_TO_SAVE, Running, Stop, deaf_to_the_terminal, places, saved, visible_gpus, wind_down
 from launch.progress import Snapshot, View, view
 from launch.standing import standings
-from launch.status import label, last_error, rows
+from launch.status import ENDED_WELL, label, last_error, rows
 
 # ------------------------------------------------------------------------------- before anything is written
 
@@ -206,11 +206,12 @@ class Submission:
 
     # ------------------------------------------------------------------------------------------- what is seen
 
-    def _steps(self) -> Iterator[int]:
+    def _steps(self, in_full: Collection[str] = ENDED) -> Iterator[int]:
+        """Of each trial; in full if it has ended in one of these states."""
         for p in self.plan:
             if p.trial is not None:
                 state = self.states[p.trial.trial_id]
-                over = state.state in ENDED and p.trial.trial_id not in {t.trial_id for t in self.queue}
+                over = state.state in in_full and p.trial.trial_id not in {t.trial_id for t in self.queue}
                 yield schedule.total_steps(p.trial) if over else state.step
 
     def _snapshot(self, began: float, before: int) -> Snapshot:
@@ -222,7 +223,7 @@ class Submission:
         over = {trial_id for trial_id, (_, s) in states.items() if s.state in ("finished", "diverged")}
         running = len(self.running.keys() - over)  # a job is still there a moment after its trial has ended
         return Snapshot(
-            steps=steps,
+            steps=sum(self._steps(ENDED_WELL)),
             total_steps=total,
             finished=len(over),
             running=running,
@@ -245,15 +246,20 @@ def _in_this_process(job: Job) -> str:
 # --------------------------------------------------------------------------------------------- what is asked for
 
 
-def submit(loaded: LoadedStudy, store: Store, cluster: Local, *, phase: str | None, retry: bool, again: str) -> int:
-    """Runs what is missing, in the foreground; the exit status. `again` is the command that goes on after an interruption."""
+def submit(loaded: LoadedStudy, store: Store, cluster: Local, *, phase: str | None, retry: bool, again: str, sync: str) -> int:
+    """Runs what is missing, in the foreground; the exit status.
+
+    `again` is the command that goes on after an interruption, `sync` the one that delivers what MLflow lacks at the end.
+    """
     check(loaded, store, cluster)
     with ExitStack() as delivering:
         with Submitter(store.study(loaded.name)).lock() as ours:
             if not ours:
                 print(_standing(loaded, store, 0))
+                holder = Submitter(store.study(loaded.name)).holder()
+                print("another submission runs them" + (f": process {holder[1]} on {holder[0]}" if holder else ""))
                 return 0
-            delivering.enter_context(tracking.start_delivery(store, loaded.name))
+            delivery = delivering.enter_context(tracking.start_delivery(store, loaded.name))
             with Stop() as stop, view(plain=cluster.executor == "debug") as seen:
                 work = Submission(loaded, store, cluster, seen, stop, phase=phase, retry=retry)
                 work.run()
@@ -263,6 +269,8 @@ def submit(loaded: LoadedStudy, store: Store, cluster: Local, *, phase: str | No
         if stop.asked:
             print(f"interrupted; to go on: {again}")
         print("delivering the rest to MLflow", flush=True)
+    if any(not store.trial(loaded.name, trial_id).is_running() for trial_id in tracking.undelivered(store, loaded.name)):
+        print(f"warning: not delivered to MLflow: {delivery.failure()}; results are kept, to deliver them: {sync}", file=sys.stderr)
     if stop.asked:
         return 130
     return 1 if work.problems else 0
@@ -272,7 +280,9 @@ def _standing(loaded: LoadedStudy, store: Store, submitted: int) -> str:
     found = rows(loaded, store)
     started = Ledger(store.study(loaded.name)).newest()
     running = sum(r.state == "running" or (r.state == "queued" and started[str(r.trial_id)]["event"] == "submitted") for r in found)
-    return f"submitted {submitted}, running {running}, finished {sum(r.state == 'finished' for r in found)}"
+    ended = Counter(r.state for r in found if r.state in ENDED)
+    unwell = "".join(f", {state} {ended[state]}" for state in ENDED if state != "finished" and ended[state])
+    return f"submitted {submitted}, running {running}, finished {ended['finished']}{unwell}"
 
 
 def detach(loaded: LoadedStudy, store: Store, cluster: Local, arguments: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -88,11 +89,12 @@ def test_a_study_is_run_once_and_a_failed_trial_does_not_stop_it(short: Study) -
     broken = yaml.safe_load(b.config.read_text())
     broken["workload"]["data"]["path"] = "nowhere"
     b.config.write_text(yaml.safe_dump(broken))
-    assert short.run("submit") == (0, "submitted 0, running 1, finished 0\n", "")
+    said = f"submitted 0, running 1, finished 0\nanother submission runs them: process {first.pid} on {socket.gethostname()}\n"
+    assert short.run("submit") == (0, said, "")
 
     code, out, err = ended(first)
     assert code == 1, err
-    assert "submitted 3, running 0, finished 2\n" in out
+    assert "submitted 3, running 0, finished 2, failed 1\n" in out
     assert [line for line in err.splitlines() if "B seed 0" in line and "failed" in line and "nowhere" in line]
     rows = short.states()
     assert {key: row.state for key, row in rows.items()} == {

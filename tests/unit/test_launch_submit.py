@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from harness.config import Backend, BadInput, Local, Trial
 from harness.store import Store
 from harness.study import LoadedStudy, planned
 from launch import submit
+from launch.ledger import Submitter
 from launch.local import Stop, deaf_to_the_terminal, places, visible_gpus
 from launch.plan import cycle_end_epochs, measured_seconds_per_step
 from launch.progress import Lines
@@ -19,6 +21,7 @@ from launch.submit import Submission
 from launch.terminal import console, duration
 from tests.synthetic import STUDY, write_study, write_trial
 from tests.trials import trial
+from tests.unit.conftest import Command
 
 
 def searched(loaded: LoadedStudy) -> list[Trial]:
@@ -61,6 +64,60 @@ def test_nothing_is_submitted_when_all_has_ended_and_failures_are_named(tmp_path
     assert work.submitted == 0 and not (store.study(loaded.name) / "ledger.jsonl").exists()
     assert len(work.problems) == 1 and failed.trial_id in work.problems[0] and "--retry" in work.problems[0]
     assert "7 finished, 0 running, 0 waiting, 1 failed" in capsys.readouterr().out
+
+
+@pytest.fixture
+def ended(tmp_path: Path, mnist5k: Path) -> LoadedStudy:
+    """A study in tmp_path of which all trials have ended, one failed and one diverged."""
+    store = Store(tmp_path)
+    loaded = write_study(store, STUDY | {"finalists": None, "workload": {"name": "mnist5k_cnn", "data": {"path": str(mnist5k)}}})
+    for place, one in enumerate(searched(loaded)):
+        write_trial(store, one, {1: "failed", 2: "diverged"}.get(place, "finished"), until=0.4 if place in (1, 2) else 1.0)
+    return loaded
+
+
+def test_what_mlflow_could_not_be_given_is_a_warning(
+    ended: LoadedStudy, tmp_path: Path, wrbench: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands in the journals; the status is that of the training."""
+    log = tmp_path / ended.name / "delivery.log"
+    log.write_text("2026-01-01 00:00:00 of an earlier submission\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:s3cret@127.0.0.1:9")
+    code, out, err = wrbench("study", "submit", ended.source, "--store", tmp_path)
+    assert code == 1 and out.splitlines()[-2:] == [
+        "submitted 0, running 0, finished 6, diverged 1, failed 1",
+        "delivering the rest to MLflow",
+    ]  # the failed trial is why
+    (warning,) = (line for line in err.splitlines() if line.startswith("warning: "))
+    assert warning.startswith("warning: not delivered to MLflow: MLflow at http://***@127.0.0.1:9")
+    assert warning.endswith(f"to deliver them: wrbench sync {ended.source} --store {tmp_path}")
+    assert "earlier" not in warning
+
+
+def test_a_tracking_store_that_cannot_be_is_refused_before_anything_starts(
+    ended: LoadedStudy, tmp_path: Path, wrbench: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://bar")
+    code, out, err = wrbench("study", "submit", ended.source, "--store", tmp_path)
+    assert (code, out) == (2, "") and err.startswith("error: MLFLOW_TRACKING_URI: 'foo://bar'") and err.count("\n") == 1
+    assert not (tmp_path / ended.name / "code").exists()
+
+
+def test_a_second_submission_names_the_first(ended: LoadedStudy, tmp_path: Path, wrbench: Command) -> None:
+    with Submitter(tmp_path / ended.name).lock():
+        code, out, err = wrbench("study", "submit", ended.source, "--store", tmp_path)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == f"another submission runs them: process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_failed_trial_is_not_shown_as_done(ended: LoadedStudy, tmp_path: Path) -> None:
+    """Seven have all their 245 steps, of the failed one 91 are known; none are left to wait for."""
+    with Stop() as stop:
+        work = Submission(ended, Store(tmp_path), Local(executor="local"), Lines(console()), stop, phase=None, retry=False)
+        work._enqueue({})
+        now = work._snapshot(0.0, 0)
+    assert (now.steps, now.total_steps) == (7 * 245 + 91, 8 * 245)
+    assert now.seconds_left == 0
 
 
 def test_finalists_that_no_search_decided_are_a_problem(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import multiprocessing
+import os
 import socket
 import sqlite3
 import subprocess
@@ -173,6 +174,28 @@ def test_a_folder_as_tracking_store_is_bad_input(store: Store, monkeypatch: pyte
     with pytest.raises(BadInput) as error:
         tracking.check_store(store)
     assert "MLFLOW_TRACKING_URI" in one_line(error)
+
+
+@pytest.mark.parametrize("uri", ["foo://bar", "htp+x://ann:s3cret@here:5000"])
+def test_a_scheme_that_mlflow_does_not_know_is_bad_input(store: Store, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(BadInput, match=r"^MLFLOW_TRACKING_URI: .* does not know; it knows: .*http, .*postgresql") as error:
+        tracking.check_store(store)
+    assert "s3cret" not in one_line(error)
+    assert not store.root.exists()
+
+
+@pytest.mark.parametrize("uri", ["postgresql+psycopg2://ann@nowhere/db", "mysql://nowhere/db", "databricks://profile"])
+def test_a_scheme_that_mlflow_knows_is_fine(store: Store, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracking.check_store(store)
+
+
+def test_the_ui_of_a_store_that_is_not_there_makes_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "execve", lambda *_: None)  # would become the server
+    with pytest.raises(BadInput, match="there is no store"):
+        tracking.open_ui(store, 5000)
+    assert not store.root.exists()
 
 
 def test_a_server_is_not_asked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
