@@ -89,6 +89,9 @@ def tracked(experiment: str, uri: str, cache: Path) -> tuple[dict[str, Run], pd.
         ) from error
     except Exception as error:  # SQLAlchemy's, its drivers', MLflow's, requests': none can be told from another here
         said = " ".join(str(getattr(error, "orig", None) or error).split())
+        if isinstance(getattr(error, "orig", error), sqlite3.DatabaseError) and uri.startswith("sqlite:///"):
+            said = f"{uri.removeprefix('sqlite:///')}: {said}"
+            said += "; move it away, and the journals are delivered anew" if "not a database" in said or "malformed" in said else ""
         raise Unreadable(f"MLflow cannot be read: {_without_password(said, uri)[:300]}") from error
     return runs, _by_trial(points, {run.run_id: trial_id for trial_id, run in runs.items()})
 

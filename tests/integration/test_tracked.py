@@ -354,6 +354,12 @@ def test_a_schema_that_is_only_mlflows_is_read_through_its_client(store: Path, m
     assert not kept(store).exists()
 
 
+def test_a_file_that_is_no_database_is_named_with_what_to_do(store: Path) -> None:
+    (store / "mlflow.db").write_text("not a database " * 1000)
+    with pytest.raises(runs.Unreadable, match=r"^MLflow cannot be read: .*mlflow.db: file is not a database; move it away, .*$"):
+        read(store)
+
+
 def test_a_schema_that_nobody_knows_is_one_clear_line_and_left_alone(store: Path) -> None:
     sql(store, "UPDATE alembic_version SET version_num = '451aebb31d03'")
     before = (store / "mlflow.db").read_bytes()
