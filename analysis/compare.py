@@ -20,6 +20,7 @@ from analysis.estimate import Difference, Estimate, Method, difference, differen
 from analysis.runs import Records
 from harness.config import Arm, BadInput, Choice, LogUniform, Trial, WorkloadFile
 from harness.correct import correct
+from harness.store import SEARCHED_BLIND
 from harness.study import LoadedStudy, axis_values
 
 HOLDOUT, VALIDATION = "anytime/holdout_top1", "anytime/val_top1"
@@ -293,6 +294,10 @@ def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterat
             yield f"{arm.name}: {note}"
         if arm.at_edge:
             yield f"{arm.name}: box too small: {'; '.join(arm.at_edge)}"
+    if records.study.study.finalists is None and records.study.workload.evaluation.val:
+        unread = table[(table.state == "finished") & table[VALIDATION].isna()].trial_id
+        if blind := sum(records.store.trial(records.study.name, str(i)).is_blind() for i in unread):
+            yield f"{blind} of {len(table)} planned trials were {SEARCHED_BLIND}"
     left_over = records.trials[~records.trials.planned]
     if len(left_over):
         yield f"{len(left_over)} trials in the store are not of the study as it stands now; they count nowhere"

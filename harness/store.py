@@ -85,6 +85,9 @@ class TrialState:
     seconds_per_step: float | None
 
 
+SEARCHED_BLIND = "searched without val, since finalists were configured then; keep finalists, or use another name"
+
+
 class TrialFolder:
     """The folder of one trial. `claim` fences attempts; `lock` says that one is alive on this machine."""
 
@@ -106,6 +109,13 @@ class TrialFolder:
 
     def read_config(self) -> Trial:
         return parse(Trial, read_yaml(self.config), str(self.config))
+
+    def is_blind(self) -> bool:
+        """Whether the trial ran without the validation split, as one of a search that finalists were to follow."""
+        try:
+            return not self.read_config().evaluation.val
+        except BadInput:  # written by another version
+            return False
 
     def claim(self) -> int:
         """The next attempt number, for this process alone: from now on older attempts may commit nothing."""
@@ -227,6 +237,16 @@ class Store:
         """Every trial folder of a study, also of trials that have left the study file."""
         folder = self.root / study / "trials"
         return [TrialFolder(p) for p in sorted(folder.glob("*")) if p.is_dir()]
+
+    def check_trials(self, study: str) -> None:
+        """BadInput unless the store has trials of the study: where it is mistyped there is nothing to read, and nothing to write."""
+        if not self.root.is_dir():
+            raise BadInput(f"--store {self.root}: there is no store; e.g. --store ./runs")
+        if not self.trials(study):
+            known = ", ".join(sorted({p.parent.parent.name for p in self.root.glob("*/trials/*")})) or "nothing"
+            raise BadInput(
+                f"--store {self.root}: there are no trials of {study}, but of: {known}; another --store, or first wrbench study submit"
+            )
 
     def results(self, study: str) -> dict[str, float | None]:
         """trial id -> holdout/top1 at the last completed cycle of every ended trial (None: failed or diverged)."""

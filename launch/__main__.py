@@ -210,6 +210,8 @@ def _deliver_from_here(loaded: LoadedStudy, store: Store) -> None:
 def cancel(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> None:
     """Stop a study; running trials save themselves first."""
     loaded, kept = _load(file, overrides), Store(store)
+    if not kept.study(loaded.name).is_dir():  # a submission that begins has no trials yet
+        kept.check_trials(loaded.name)
     stopped = [*arrays.cancel(loaded, kept), *submissions.cancel(loaded, kept)]
     print("\n".join(stopped) or f"nothing of {loaded.name} is running")
 
@@ -367,6 +369,7 @@ def bench_train(
 def sync(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> int:
     """Deliver to MLflow what is missing there."""
     loaded = _load(file, overrides)
+    Store(store).check_trials(loaded.name)
     sent, undelivered = _deliver(loaded, Store(store))
     print(f"{loaded.name}: delivered {sent.points} points of {sent.trials} trials")
     return _complain("\n".join(undelivered), 1) if undelivered else 0
@@ -386,6 +389,7 @@ def report(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -
 
 def deliver_and_report(loaded: LoadedStudy, store: Store) -> int:
     """Delivers what MLflow lacks, writes the report, prints where, and has MLflow show it too; the exit status."""
+    store.check_trials(loaded.name)
     from analysis import report as reports
     from analysis.runs import Unreadable
 
@@ -397,6 +401,8 @@ def deliver_and_report(loaded: LoadedStudy, store: Store) -> int:
         print(reports.report(loaded, store.root, undelivered=undelivered), flush=True)
     except Unreadable as error:
         return _complain(str(error), 1)
+    for line in statuses.shortcomings(loaded, store):
+        print(f"warning: {line}", file=sys.stderr)
     try:
         publish(store, loaded.name)
     except DeliveryError as error:

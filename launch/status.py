@@ -20,7 +20,7 @@ from rich.text import Text
 
 from harness import journal, schedule, tracking
 from harness.config import BadInput, Trial
-from harness.store import ENDED, Store, TrialFolder, TrialState
+from harness.store import ENDED, SEARCHED_BLIND, Store, TrialFolder, TrialState
 from harness.study import LoadedStudy, planned
 from launch import slurm
 from launch.ledger import Entry, Ledger, Life
@@ -246,13 +246,7 @@ def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], n
     below += [f"{n} queued: {reason}" for reason, n in reasons.most_common()]
     if now.warning:
         below.append(f"{now.warning}; states are the last known ones")
-    left = [trial_id for trial_id in now.trials if trial_id not in {r.trial_id for r in found}]
-    if left:
-        live = sum(now.trials[trial_id].live for trial_id in left)
-        moving = f", {live} of them queued or running (submit --prune cancels these)" if live else ""
-        below.append(
-            f"{len(left)} more trial(s) in the store are not in this plan{moving}: the file has changed, or other --set were given"
-        )
+    below += _beside_the_plan(loaded, store, found, now)
     if room is not None and len(found) > room:
         found = sorted(found, key=lambda r: ORDER.index(r.state))[:room]
     errors = [
@@ -261,6 +255,33 @@ def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], n
         if r.last_error
     ]
     return Group(_table(out, found), *errors, *map(Text, below))
+
+
+def _beside_the_plan(loaded: LoadedStudy, store: Store, found: Sequence[Row], now: Standings) -> list[str]:
+    """What the store has otherwise than the file as it stands now, a line each."""
+    lines = []
+    left = [trial_id for trial_id in now.trials if trial_id not in {r.trial_id for r in found}]
+    if left:
+        live = sum(now.trials[trial_id].live for trial_id in left)
+        moving = f", {live} of them queued or running (submit --prune cancels these)" if live else ""
+        lines.append(
+            f"{len(left)} more trial(s) in the store are not in this plan{moving}: the file has changed, or other --set were given"
+        )
+    if loaded.study.finalists is None and loaded.workload.evaluation.val:
+        finished = [r.trial_id for r in found if r.trial_id is not None and r.state == "finished"]
+        unread = [i for i in finished if "anytime/val_top1" not in now.trials[i].record.answer]
+        if blind := sum(store.trial(loaded.name, i).is_blind() for i in unread):
+            lines.append(f"{blind} trial(s) {SEARCHED_BLIND}")
+    return lines
+
+
+def shortcomings(loaded: LoadedStudy, store: Store) -> list[str]:
+    """What a report of the study lacks, a line each."""
+    now = standings(store, loaded.name)
+    found = rows(loaded, store, now)
+    without = sum(r.state not in ENDED_WELL for r in found)
+    lines = [f"{without} of {len(found)} trials have no result yet"] if without else []
+    return [*_beside_the_plan(loaded, store, found, now), *lines]
 
 
 def _size(count: float) -> str:

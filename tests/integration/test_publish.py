@@ -98,6 +98,31 @@ def test_a_study_that_never_began_stays_unknown_to_mlflow(tmp_path: Path, monkey
     assert not (tmp_path / "mlflow.db").exists()
 
 
+def test_a_report_says_what_it_lacks_and_of_nothing_there_is_none(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def wrbench(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wrbench", *arguments])
+        capfd.readouterr()
+        return command.run(command.app), *capfd.readouterr()
+
+    file = str(store.study(NAME) / "study.yaml")
+    before = {path: path.read_bytes() for path in (store.study(NAME) / "report").iterdir()}
+    for asked in (["report", file], ["sync", file], ["study", "cancel", file]):
+        code, out, err = wrbench(*asked, "--store", str(tmp_path / "typo"))
+        assert (code, out, err) == (2, "", f"error: --store {tmp_path / 'typo'}: there is no store; e.g. --store ./runs\n")
+        code, out, err = wrbench(*asked, "--set", "name=another", "--store", str(store.root))
+        assert (code, out) == (2, "") and "there are no trials of another, but of: synthetic" in err and err.count("\n") == 1
+    assert not (tmp_path / "typo").exists() and not store.study("another").exists()
+    assert {path: path.read_bytes() for path in (store.study(NAME) / "report").iterdir()} == before
+
+    code, _, err = wrbench("report", file, "--set", "budget.epochs=3", "--store", str(store.root))
+    assert code == 0 and err.splitlines() == [
+        "warning: 17 more trial(s) in the store are not in this plan: the file has changed, or other --set were given",
+        "warning: 18 of 18 trials have no result yet",
+    ]
+
+
 def test_a_server_that_takes_no_artifacts_costs_a_line_and_gets_them_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

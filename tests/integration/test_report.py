@@ -322,6 +322,7 @@ def test_a_study_without_finalists_says_that_it_is_optimistic(synthetic_store: P
     assert "AdamWR: chosen and reported on the same runs (no finalists with fresh seeds): optimistic" in text
     assert "8 trials in the store are not of the study as it stands now" not in text  # 9: one never started
     assert "9 trials in the store are not of the study as it stands now" in text
+    assert "6 of 8 planned trials were searched without val, since finalists were configured then; keep finalists" in text
     # its search was run with finalists to follow, so that nobody saw the validation split
     assert summary(folder)["arms"]["SGDWR"]["n"] == 0
     assert "SGDWR: anytime/val_top1 is missing for finished seed 0" in text

@@ -50,6 +50,20 @@ def test_every_trial_of_the_plan_has_a_row_in_its_state(loaded: LoadedStudy, sto
     assert left == pytest.approx((245 - rows[running.trial_id].step) * 0.05) and rows[killed.trial_id].seconds_left is None
 
 
+def test_a_search_without_val_is_told_once_there_are_no_finalists(
+    loaded: LoadedStudy, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, third, *_ = searched(loaded)
+    write_trial(store, first)
+    write_trial(store, second, "diverged", until=0.2)
+    status.show(loaded, store, watch=False)
+    assert "searched without val" not in capsys.readouterr().out
+    alone = write_study(Store(store.root / "elsewhere"), STUDY | {"finalists": None})
+    write_trial(store, next(t for t in searched(alone) if t.trial_id == third.trial_id))
+    status.show(alone, store, watch=False)
+    assert "1 trial(s) searched without val, since finalists were configured then; keep finalists" in capsys.readouterr().out
+
+
 def test_holdout_is_of_the_last_completed_cycle_and_no_maximum(loaded: LoadedStudy, store: Store) -> None:
     trial = searched(loaded)[0]
     folder = store.trial(loaded.name, trial.trial_id)
