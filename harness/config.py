@@ -1195,7 +1195,7 @@ def find(kind: Literal["workload", "study", "cluster"], name: str) -> Path:
     if as_path.suffix in (".yaml", ".yml") or "/" in name:
         if as_path.is_file():
             return as_path
-        raise BadInput(f"{kind}: {name}: no such file")
+        raise BadInput(f"{kind}: {name}: {'is not a regular file' if as_path.exists() else 'no such file'}")
     path = CONFIGS / kind / f"{name}.yaml"
     if path.is_file():
         return Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path

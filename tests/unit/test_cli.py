@@ -54,6 +54,8 @@ def study_file(folder: Path, **over: Any) -> Path:
         (["study", "plam", "demo"], ["plam", "plan"]),
         (["shards", "build", "mnist6k", "--out", "x"], ["mnist6k", "mnist5k"]),
         (["shards", "verify", "nowhere"], ["nowhere", "no such folder"]),
+        (["study", "plan", "/dev/null"], ["/dev/null", "is not a regular file"]),
+        (["study", "plan", "configs/study"], ["configs/study", "is not a regular file"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     ],
 )
