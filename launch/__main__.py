@@ -211,7 +211,10 @@ def train(file: Annotated[Path, typer.Argument(metavar="TRIAL.yaml", help="a res
     """One trial in this process, or in every rank of torchrun or srun."""
     from harness.data.index import checked
 
-    trial = parse(Trial, read_yaml(file), str(file))
+    document = read_yaml(file)
+    if "arms" in document:
+        raise BadInput(f"{file}: arms: is of a study, not of a resolved trial; wrbench study submit {shlex.quote(str(file))} runs it")
+    trial = parse(Trial, document, str(file))
     kept = Store(store)
     kept.check_writable()
     ranks = os.environ.get("WORLD_SIZE", "1")
