@@ -463,8 +463,9 @@ def tars_below(folder: Path) -> Iterator[str]:
 
 
 def _missing(path: Path) -> str:
+    made = "mnist5k" if path.name == "mnist5k" else "KIND SRC"  # the one that comes with wrbench
     if not path.exists():
-        return f"{path}: no such folder; build shards there: wrbench shards build KIND SRC --out {path}"
+        return f"{path}: no such folder; build shards there: wrbench shards build {made} --out {path}"
     if not any(tars_below(path)):
-        return f"{path}: holds no shards; build them in a new folder: wrbench shards build KIND SRC --out {path / 'new'}"
+        return f"{path}: holds no shards; build them in a new folder: wrbench shards build {made} --out {path / 'new'}"
     return f"{path}: the shards have no index; write one with: wrbench shards index {path}"
