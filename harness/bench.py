@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -190,8 +191,12 @@ def _bare(trial: Trial, ranks: Ranks) -> Callable[[Tensor, Tensor], None]:
     if trial.backend.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if trial.backend.compile:
-        model.compile()
-    replica = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
+        model.compile(dynamic=False)
+    replica: nn.Module = model
+    if ranks.world_size > 1:
+        with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, 2.11 knows no other name
+            warnings.simplefilter("ignore", FutureWarning)
+            replica = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     lr = 1e-6
     adam = trial.optimizer.name == "adam"
     optimizer: torch.optim.Optimizer = (

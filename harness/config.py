@@ -52,6 +52,8 @@ LEAST_SIZE = {"convnext_tiny": 32}
 """models that take no smaller images, pixels; all others take 8"""
 OF_ONE_SIZE = ("mnist5k_cnn", "mnist5k_mlp", "mnist5k_cnn_bn", "vit_s16")
 """models with weights for each place of an image: they take images of image_size and no others"""
+OF_COLOUR = ("resnet18", "resnet50", "resnet50_zero_init", "regnet_y_1_6gf", "convnext_tiny", "vit_s16")
+"""models that take three channels, as torchvision builds them"""
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -236,7 +238,13 @@ class Recipe(Frozen):
         description="share of the training images whose label is another class than theirs, the same in every epoch, seed and arm",
         examples=[0.2],
     )
-    translate: Whole = Field(0, ge=0, le=64, description="random shift of each training image, +- pixels, zero filled", examples=[2])
+    translate: Whole = Field(0, ge=0, le=64, description="random shift of each training image, +- pixels; border comes in", examples=[2])
+    border: tuple[Annotated[int, Field(ge=0, le=255)], ...] | None = Field(
+        None,
+        description="what translate fills with, a level a channel; null: black. 255 * mean is 0 to the network, as where images are "
+        "normalised before they are shifted",
+        examples=[[125, 123, 114]],
+    )
     flip: bool = Field(False, description="random horizontal flip of each training image")
     augment: Annotated[RandAugment | TrivialAugment, Field(discriminator="name")] | None = Field(
         None,
@@ -317,6 +325,13 @@ class Workload(Frozen):
         size, model, ramp = self.data.image_size, self.model.name, self.recipe.resolution
         if model == "vit_s16" and size % 16:
             raise ValueError(f"data.image_size: {size} is no multiple of {model}'s patches of 16 pixels; e.g. {-(-size // 16) * 16}")
+        border = self.recipe.border
+        if border is not None and not self.recipe.translate:
+            raise ValueError("recipe.border: has no effect without translate; set recipe.translate, e.g. 4, or leave border out")
+        if border is not None and len(border) != self.data.channels:
+            raise ValueError(f"recipe.border: has {len(border)} levels for {self.data.channels} channel(s); give one each")
+        if model in OF_COLOUR and self.data.channels == 1:
+            raise ValueError(f"data.channels: 1 is too few for {model}; 3, with mean and std of three, reads grey images as RGB")
         for key, value in (("recipe.resolution", ramp), ("data.eval_image_size", self.data.eval_image_size)):
             if value is not None and model in OF_ONE_SIZE:
                 raise ValueError(f"{key}: {model} takes images of one size, data.image_size, {size}; leave {key} out")
@@ -353,6 +368,8 @@ class Reference(Frozen):
 
     source: str = Field(description="of the recipe and the error: paper and table, or the name of the weights")
     top1_error: Number | None = Field(ge=0, le=100, description="validation error, percent; null: no number is printed", examples=[22.53])
+    epochs: Positive | None = Field(None, description="of training behind top1_error; null: those of budget", examples=[112])
+    warmup_epochs: Number | None = Field(None, ge=0, description="of the schedule behind it; null: not stated", examples=[5])
     parameters: Whole = Field(ge=1, description="of the network, as published", examples=[25_557_032])
     gpu: str = Field(description="that images_per_second is of", examples=["A100"])
     images_per_second: Positive = Field(

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.config import Trial
 from harness.dist import Ranks
 
-PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
+PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12}
 """FLOP a second of a device's matrix units in bf16, dense, by words of its name, the first that fit: NVIDIA's data sheets"""
 
 

@@ -162,8 +162,10 @@ def _workload(study: Study, source: str) -> tuple[WorkloadFile, tuple[str, ...]]
 
 
 def _departures(base: WorkloadFile, workload: WorkloadFile) -> tuple[str, ...]:
-    """DOTTED KEY: VALUE instead of VALUE, of all that a result hangs on."""
+    """DOTTED KEY: VALUE instead of VALUE, of all that a result hangs on; the published number's epochs where the reference states them."""
     before, now = (dict(dotted(w.model_dump(mode="json", include=REFERRED))) for w in (base, workload))
+    if base.reference is not None and base.reference.epochs is not None:
+        before["budget.epochs"] = base.reference.epochs
 
     def written(value: Any) -> Any:
         return "null" if value is None else value
@@ -352,13 +354,21 @@ def planned(loaded: LoadedStudy, results: Mapping[str, float | None]) -> list[Pl
     return out
 
 
+def _warmups(trials: Sequence[Trial], published: float | None) -> Iterator[str]:
+    """As departures, of the arms' schedules."""
+    found = sorted({trial.schedule.warmup_epochs for trial in trials})
+    if published is not None and found not in ([], [published]):
+        yield f"schedule.warmup_epochs: {' and '.join(map(str, found))} instead of {published}"
+
+
 def warnings(loaded: LoadedStudy) -> list[str]:
     """What is legal and probably not meant, one line each, each once."""
     trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
     lines = [line for trial in trials for line in schedule.warnings(trial)]
-    if loaded.departures and loaded.workload.reference is not None:
-        source = loaded.workload.reference.source
-        lines.append(f"workload {loaded.workload.name} departs from its reference, {source}: {', '.join(loaded.departures)}")
+    reference = loaded.workload.reference
+    if reference is not None and (departures := [*loaded.departures, *_warmups(trials, reference.warmup_epochs)]):
+        error = "no error is printed" if reference.top1_error is None else f"top-1 error {reference.top1_error:g} %"
+        lines.append(f"workload {loaded.workload.name} departs from its reference ({error}), {reference.source}: {', '.join(departures)}")
     data = loaded.workload.data
     if data.holdout_samples == 0 and loaded.study.finalists is not None:
         key, value = ("train_on", "train") if data.train_on != "train" else ("holdout_per_class", "50")

@@ -45,15 +45,14 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
         clock, answer = Clock(trial, ranks, resumed.train_seconds, resumed.wait_seconds), resumed.answer
         total, ends, evaluated, saves = total_steps(trial), set(cycle_ends(trial)), evaluations(trial), checkpoints(trial)
         read = loader.train_batches(data, trial, ranks.rank, ranks.world_size, resumed.steps_done, total)
-        batches = loader.on_device(read, ranks.device)
+        batches = loader.on_device(read, ranks.device, clock.waiting)
         measured: dict[str, float] = {}
 
         for step in range(resumed.steps_done, total):
             done = step + 1
             eta, cycle, lam = schedule(trial, step)
             lr, weight_decay = optim.hyperparameters(trial.optimizer, trial.decay, eta, lam)
-            with clock.waiting():
-                images, labels = next(batches)
+            images, labels = next(batches)
             if resets_moments(trial, step):
                 worker.reset_moments()
             mix = order.mixing(trial.seed, step, recipe.mixup, recipe.cutmix, images.shape[-1])

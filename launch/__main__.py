@@ -219,13 +219,23 @@ def train(file: Annotated[Path, typer.Argument(metavar="TRIAL.yaml", help="a res
         raise BadInput(f"WORLD_SIZE: {ranks!r} must be a number of processes; e.g. 2")
     trial.micro_batch_size(int(ranks))
     checked(trial.workload.data, trial.evaluation.test if trial.phase == "finalists" else None)
+    import torch
+
     from harness.train import train
+
+    torch.set_num_threads(_threads())
 
     result = train(trial, kept)
     if os.environ.get("RANK", "0") == "0":
         print(f"{statuses.label(trial)}: {result['state']} at step {result['step']} of {result['total_steps']}")
         print(kept.trial(trial.study, trial.trial_id).path)
     return 130 if result["state"] == "interrupted" else 0
+
+
+def _threads() -> int:
+    """Of torch: a rank's default, as launch has it. As many as there are cores, in each thread that reads too, leave the loop none."""
+    told = os.environ.get("OMP_NUM_THREADS", "1")
+    return int(told) if told.isdigit() and int(told) else 1
 
 
 # --------------------------------------------------------------------------------------------------- shards
@@ -319,7 +329,7 @@ def bench_train(
     loaded = _load(file, overrides)
     trial = next(p.trial for p in planned(loaded, {}) if p.trial is not None)
     checked(trial.workload.data, None)
-    torch.set_num_threads(1)  # a rank's default; more of them in each thread that reads would leave the loop no core
+    torch.set_num_threads(_threads())
     print(f"{trial.workload.name}, {trial.arm}: {trial.workload.model.name}, batch {trial.budget.global_batch_size}, {trial.backend.name}")
     with bar("measuring", "rounds") as progress:
         measured = library.measure(trial, steps, rounds, progress)

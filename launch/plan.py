@@ -28,7 +28,7 @@ PAIRING = {"unpaired": False, "paired": True}
 
 
 def measured_seconds_per_step(trial: Trial, ranks: int, store: Store) -> float | None:
-    """Median over the store's finished trials of the same model, data, batch and world size; None when there is none."""
+    """Median over the store's finished trials of the same model, data, batch, backend and world size; None when there is none."""
     found = []
     for study in store.root.glob("*/trials"):
         for folder in store.trials(study.parent.name):
@@ -46,10 +46,11 @@ def measured_seconds_per_step(trial: Trial, ranks: int, store: Store) -> float |
 
 
 def _cost(trial: Trial) -> tuple[Any, ...]:
-    """What the time of a step hangs on, as far as a config says."""
-    data = trial.workload.data
-    pixels = data.image_size, scaling.pixel_share(trial)
-    return trial.workload.model, data.name, pixels, trial.budget.global_batch_size, trial.workload.recipe.precision
+    """What the time of a step hangs on, as far as a config says: not the hyperparameters, and not the device."""
+    data, recipe = trial.workload.data, trial.workload.recipe
+    images = data.name, data.image_size, scaling.pixel_share(trial), trial.budget.global_batch_size, recipe.augment
+    arithmetic = trial.workload.model, recipe.precision, recipe.norm_batch_size
+    return *images, *arithmetic, trial.backend.model_dump(exclude={"timeout_seconds"})
 
 
 def cycle_end_epochs(trial: Trial) -> list[float]:

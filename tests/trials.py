@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.config import Trial, parse
+from harness.config import OF_COLOUR, Trial, parse
 
 DATA = {
     "name": "mnist5k", "path": "data/mnist5k", "num_classes": 10, "image_size": 28, "channels": 1,
@@ -14,12 +14,14 @@ DATA = {
 
 def trial(**over: Any) -> Trial:
     """A resolved trial of mnist5k_cnn; `over` replaces top-level blocks, `data` and `recipe` update the workload's,
-    `model` names its model."""
+    `model` names its model, which gets RGB where it needs it."""
+    model = over.pop("model", "mnist5k_cnn")
+    rgb = {"channels": 3, "mean": [0.1315] * 3, "std": [0.3087] * 3} if model in OF_COLOUR else {}
     document: dict[str, Any] = {
         "workload": {
             "name": "mnist5k_cnn",
-            "data": DATA | over.pop("data", {}),
-            "model": {"name": over.pop("model", "mnist5k_cnn")},
+            "data": DATA | rgb | over.pop("data", {}),
+            "model": {"name": model},
             "recipe": over.pop("recipe", {}),
         },
         "optimizer": {"name": "adam", "lr": 1e-3},

@@ -16,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -391,7 +392,8 @@ class Augment:
                 if flip:
                     image.copy_(image.flip(-1))
         if recipe.translate:
-            images.copy_(torch.from_numpy(shifted(images.numpy(), draws.dx[positions], draws.dy[positions], recipe.translate)))
+            dx, dy = draws.dx[positions], draws.dy[positions]
+            images.copy_(torch.from_numpy(shifted(images.numpy(), dx, dy, recipe.translate, recipe.border)))
         if recipe.augment is not None:
             apply = _operations(recipe.augment)
             for i, position in enumerate(positions.tolist()):
@@ -433,6 +435,11 @@ def _box(words: npt.NDArray[np.uint64], crop: Crop, height: int, width: int) -> 
     return Box(*order.crop(words, height, width, crop.scale, crop.ratio))
 
 
+def works_on_each(recipe: Recipe) -> bool:
+    """Python does, on each image: threads would only take turns, so processes read."""
+    return recipe.augment is not None
+
+
 def train_batches(
     dataset: DataSet, trial: Trial, rank: int, world_size: int, start_step: int, stop_step: int
 ) -> Generator[Batch, None, None]:
@@ -457,7 +464,7 @@ def train_batches(
             yield Request(positions, augment, schedule.image_size(trial, step))  # steps taken together are of one epoch
             step = steps.stop
 
-    if recipe.augment is not None and view.threads:
+    if works_on_each(recipe) and view.threads:
         workers.check_memory(size * math.prod(dataset.shape), view.threads)
         yield from workers.read(view, dataset.substitutes, requests())
         return
@@ -471,28 +478,37 @@ def train_batches(
         yield from zip(images.split(size), labels.split(size), strict=True)
 
 
-def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
+def on_device(
+    batches: Generator[Batch, None, None], device: torch.device, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Generator[Batch, None, None]:
     """The batches on the device, each copied on a stream of its own while the device still works on what came before.
 
-    On CUDA the host is at most two steps ahead, so that no more than three batches lie there.
+    On CUDA the host is at most two steps ahead, so that no more than three batches lie there. waiting: entered for as long as a
+    batch is not read yet; the wait for the device, which is training, is none of it.
     """
-    if device.type != "cuda":
-        yield from batches
-        return
-    copies = torch.cuda.Stream(device)
-    steps: deque[torch.cuda.Event] = deque()
-    for images, labels in batches:
-        if len(steps) == 3:
-            steps.popleft().synchronize()
-        with torch.cuda.stream(copies):
-            copied = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        now = torch.cuda.current_stream(device)
-        now.wait_stream(copies)
-        for tensor in copied:  # its memory is of the other stream, which may not use it again before this one is done with it
-            tensor.record_stream(now)
-        yield copied
-        steps.append(torch.cuda.Event(blocking=True))  # without, waiting for it keeps a core busy that could read
-        steps[-1].record()
+
+    def read() -> Batch | None:
+        with waiting():
+            return next(batches, None)
+
+    with closing(batches):
+        if device.type != "cuda":
+            yield from iter(read, None)
+            return
+        copies = torch.cuda.Stream(device)
+        steps: deque[torch.cuda.Event] = deque()
+        for images, labels in iter(read, None):
+            if len(steps) == 3:
+                steps.popleft().synchronize()
+            with torch.cuda.stream(copies):
+                copied = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            now = torch.cuda.current_stream(device)
+            now.wait_stream(copies)
+            for tensor in copied:  # its memory is of the other stream, which may not use it again before this one is done with it
+                tensor.record_stream(now)
+            yield copied
+            steps.append(torch.cuda.Event(blocking=True))  # without, waiting for it keeps a core busy that could read
+            steps[-1].record()
 
 
 def eval_batches(view: View, rank: int, world_size: int, batch_size: int) -> Generator[Batch, None, None]:
@@ -508,10 +524,12 @@ def eval_batches(view: View, rank: int, world_size: int, batch_size: int) -> Gen
         yield from view.read(Request(positions) for positions in parts)
 
 
-def shifted(images: Pixels, dx: IntArray, dy: IntArray, most: int) -> Pixels:
-    """Image i of (n, C, H, W) moved dx[i] pixels right and dy[i] down, |dx|, |dy| <= most; what comes in is 0."""
+def shifted(images: Pixels, dx: IntArray, dy: IntArray, most: int, border: Sequence[int] | None = None) -> Pixels:
+    """Image i of (n, C, H, W) moved dx[i] pixels right and dy[i] down, |dx|, |dy| <= most; what comes in is `border`, (C,), or 0."""
     n, channels, height, width = images.shape
     framed = np.zeros((n, channels, height + 2 * most, width + 2 * most), dtype=np.uint8)
+    if border is not None:
+        framed[:] = np.array(border, dtype=np.uint8)[:, None, None]
     framed[:, :, most : most + height, most : most + width] = images
     windows = sliding_window_view(framed, (height, width), axis=(2, 3))
     return windows[np.arange(n), :, most - dy, most - dx]

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,11 @@ NEEDED = {
 }  # fmt: skip
 """module -> package; simplejpeg, or this package's own decoder, makes the images come faster"""
 SECTIONS = ("equivalence", "step", "training", "tests")
+PARTS = {
+    "mistakes that must show": "^mistake", "bf16, recorded gradients": "bf16 recorded", "bf16, end to end, not limited": "bf16",
+    "moved to other backends, or resumed": "saved|resumed", "evaluated": "evaluated", "the control in another order": "reordered",
+}  # fmt: skip
+"""of the equivalence table: a regular expression of a row's name, the first that fits"""
 SMALL = r"^control reordered, AdamW n|^(ddp 0|deepspeed 2|fsdp 3), AdamW n|^fsdp 3 bf16 end to end, AdamW n"
 """the rows of --device cpu"""
 
@@ -56,16 +62,21 @@ def main() -> int:
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if cuda else "CPU"
     print(f"{device}, torch {torch.__version__}, {'with' if _has_deepspeed() else 'without'} deepspeed", flush=True)
 
-    from tests.report import publish
+    from tests.report import line, publish
 
     pattern = arguments.k or ("" if cuda else SMALL)
     sections = {"equivalence": partial(equivalence, pattern=pattern), "step": steps, "training": training, "tests": tests}
     rows: list[Row] = []
+    told: list[Row] = []
     for section in arguments.only or SECTIONS:
         began = time.monotonic()
-        rows += sections[section](arguments.device)
+        found = list(sections[section](arguments.device))
+        rows += found
         print(f"{section}: {time.monotonic() - began:.0f} s", flush=True)
-    return publish("gpu-check", rows)
+        if section == "equivalence":  # a line for some thirty cells: the report is a page, build/gpu-check.json has them all
+            told = found
+            print("\n".join(line(r, width=52) for r in parts(found)), flush=True)
+    return publish("gpu-check", rows, shown=told)
 
 
 def _error(line: str) -> int:
@@ -93,6 +104,19 @@ def equivalence(device: str, pattern: str) -> Iterator[Row]:
     found = {row.name: row for row in report.rows(possible, course, device, progress=True)} if possible else {}
     for cell in chosen:
         yield found.get(cell.name) or refused(cell.name, "deepspeed is not installed")
+
+
+def parts(rows: Sequence[Row]) -> Iterator[Row]:
+    """The worst row of each of PARTS, and of the rest: the backends as they are; with the number of its rows."""
+    patterns = PARTS | {"every backend, fp32": ""}
+    of = [next(part for part, pattern in patterns.items() if re.search(pattern, row.name)) for row in rows]
+    for part in patterns:
+        some = [row for row, its in zip(rows, of, strict=True) if its == part]
+        if some:
+            refused = sum(row.refused for row in some)
+            worst = max(some, key=lambda row: (not row.ok, not row.refused, row.badness))
+            note = f"worst: {worst.name}" + (f"; {refused} refused" if refused else "")
+            yield replace(worst, name=f"{part}, {len(some)} rows", note=note)
 
 
 def steps(kind: str) -> Iterator[Row]:
@@ -129,7 +153,7 @@ def training(device: str) -> Iterator[Row]:
     world = torch.cuda.device_count() if device == "cuda" else 1
     with tempfile.TemporaryDirectory(prefix="wrbench-gpu-check-") as name:
         folder = Path(name)
-        gpu_train.prepare(folder, device)
+        gpu_train.prepare(folder, device, world)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
         done = subprocess.run([sys.executable, *launcher, "-m", "tests.benchmarks.gpu_train", str(folder), device], check=False)
         found = folder / gpu_train.FOUND

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness import checkpoint, engine, models, numerics, speed
-from harness.data import order
+from harness.data import loader, order
 from harness.dist import Ranks, joined
 from harness.speed import Clock
 from tests.trials import trial
@@ -54,3 +54,20 @@ def test_a_step_is_as_long_as_the_device_takes_and_the_host_does_not_wait() -> N
     assert said["memory/peak_bytes"] >= 2 * a.nbytes
     found = speed.peak(torch.cuda.get_device_name(device))
     assert said.get("speed/peak_fraction") == (found and said["speed/tflop_per_second"] * 1e12 / found)
+
+
+def test_the_wait_for_the_device_is_none_for_data() -> None:
+    """Batches that are all ready, and a device that is busy: the host waits, but for no batch. The batches arrive as they were."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    a = torch.randn(4096, 4096, device=device)
+    (a @ a).sum().item()
+    clock = Clock(trial(), Ranks(0, 0, 1, device), 0.0, 0.0)
+    numbers = [(torch.full((64, 3, 32, 32), n, dtype=torch.uint8).pin_memory(), torch.full((64,), n).pin_memory()) for n in range(30)]
+    sums = []
+    for images, labels in loader.on_device((batch for batch in numbers), device, clock.waiting):
+        for _ in range(50):
+            a @ a
+        sums.append(images.sum() + labels.sum())
+    torch.cuda.synchronize()
+    assert [int(found) for found in sums] == [n * 64 * (3 * 32 * 32 + 1) for n in range(30)]
+    assert clock.waited < 0.05 * clock.seconds()

@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests import report
+from tests.benchmarks import gpu_check, gpu_train
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,8 +41,25 @@ def test_all_sections_run_without_mlflow_and_submitit(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith(f"PASS gpu-check: {len(found)} cells, 0 refused, worst ")
     for cell in ("ddp 0, AdamW normalised", "deepspeed 2, AdamW normalised", "fsdp 3, AdamW normalised"):
         assert 0 < found[cell]["figure"] <= found[cell]["limit"] <= 1e-5, found[cell]
+    assert "ok      every backend, fp32, 3 rows " in done.stdout
+    assert not any("ddp 0, AdamW normalised" in line and "worst" not in line for line in done.stdout.splitlines()), "a line for all rows"
     assert sum(name.startswith("step ") for name in found) == 12
     assert found["deterministic: stopped and resumed / undisturbed"]["figure"] == 0
+
+
+def test_a_part_of_the_table_is_as_good_as_its_worst_row() -> None:
+    rows = [report.row("ddp 0, SGDW", 1e-7, 1e-6), report.row("ddp 1, SGDW", 2e-6, 1e-6), report.refused("deepspeed 1, SGDW", "no"),
+            report.row("ddp 0 bf16 end to end, SGDW", 1e-3, None), report.row("mistake: none, SGDW", 1.0, None)]  # fmt: skip
+    found = {row.name: row for row in gpu_check.parts(rows)}
+    assert list(found) == ["mistakes that must show, 1 rows", "bf16, end to end, not limited, 1 rows", "every backend, fp32, 3 rows"]
+    worst = found["every backend, fp32, 3 rows"]
+    assert (worst.ok, worst.figure, worst.note) == (False, 2e-6, "worst: ddp 1, SGDW; 1 refused")
+
+
+@pytest.mark.parametrize("world", [1, 8, 12, 1024])
+def test_there_is_a_batch_for_every_rank(world: int) -> None:
+    samples = gpu_train.samples("cuda", world)
+    assert samples - samples // 5 >= 256 * world
 
 
 def test_without_deepspeed_its_rows_are_refused(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Generator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 from harness import checkpoint, journal, models, speed
 from harness.config import WorkloadFile, find, parse, read_yaml
+from harness.data import loader
 from harness.dist import Ranks as Place
 from harness.schedule import evaluations
 from harness.speed import Clock
@@ -46,6 +50,66 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Time:
     told = Time()
     monkeypatch.setattr(speed, "time", told)
     return told
+
+
+class Queue:
+    """Stands in for torch.cuda: a device that works off what it is given, by the clock `at`."""
+
+    def __init__(self, at: Time) -> None:
+        self.done, self._at = 0.0, at
+
+    def enqueue(self, seconds: float) -> None:
+        self.done = max(self.done, self._at.now) + seconds
+
+    def Event(self, blocking: bool) -> SimpleNamespace:
+        assert blocking, "waiting must not keep a core busy"
+        event = SimpleNamespace(at=0.0)
+        event.record = lambda: setattr(event, "at", self.done)
+        event.synchronize = lambda: self._at.sleep(max(0.0, event.at - self._at.now))
+        return event
+
+    Stream = current_stream = staticmethod(lambda *_: SimpleNamespace(wait_stream=lambda other: None))
+    stream = staticmethod(nullcontext)
+
+
+def test_the_wait_for_a_device_is_none_for_data(at: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that takes 50 ms a step, a host that is done with one after 5 ms, and each batch read in 2 ms."""
+    device = Queue(at)
+    for name in ("Event", "Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(device, name))
+    clock = Clock(trial(model="mnist5k_mlp"), HERE, 0.0, 0.0)
+    tensor = SimpleNamespace(to=lambda *_, **__: tensor, record_stream=lambda stream: None)
+
+    def read() -> Generator[Any, None, None]:
+        for _ in range(100):
+            at.sleep(0.002)
+            yield tensor, tensor
+
+    for _ in loader.on_device(read(), torch.device("cuda"), clock.waiting):
+        at.sleep(0.005)
+        device.enqueue(0.05)
+        assert device.done - at.now <= 0.15, "three batches at most"
+    assert at.now > 1000 + 97 * 0.05
+    assert clock.waited == pytest.approx(100 * 0.002)
+
+
+def test_on_a_cpu_the_whole_wait_is_for_data(at: Time) -> None:
+    """And who lets go of the batches ends what reads them."""
+    clock, ended = Clock(trial(model="mnist5k_mlp"), HERE, 0.0, 0.0), []
+
+    def read() -> Generator[Any, None, None]:
+        try:
+            for number in range(3):
+                at.sleep(0.5)
+                yield number, number
+        finally:
+            ended.append(True)
+
+    batches = loader.on_device(read(), HERE.device, clock.waiting)
+    assert [next(batches), next(batches)] == [(0, 0), (1, 1)]
+    assert clock.waited == 1.0
+    batches.close()
+    assert ended
 
 
 def test_a_known_course_of_time(at: Time) -> None:
@@ -177,6 +241,7 @@ def test_a_compiled_model_is_counted_as_it_was_written() -> None:
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
         ("Tesla T4", None),
         ("NVIDIA RTX A1000", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),

@@ -138,6 +138,9 @@ def test_resize_and_crop() -> None:
         ({"data": {"resize": 20}}, "workload.data.resize: 20 must be at least image_size, 28; e.g. 32"),
         ({"recipe": {"crop": {"scale": [0.5, 0.1]}}}, r"workload.recipe.crop.scale: \[0.5, 0.1\] must not descend; e.g. \[0.08, 1\]"),
         ({"recipe": {"crop": {"scale": [0, 1]}}}, "workload.recipe.crop.scale.0: 0 must be greater than 0"),
+        ({"recipe": {"border": [9]}}, "workload.recipe.border: has no effect without translate; set recipe.translate, e.g. 4"),
+        ({"recipe": {"translate": 4, "border": [9, 9, 9]}}, "workload.recipe.border: has 3 levels for 1 channel"),
+        ({"recipe": {"translate": 4, "border": [256]}}, "workload.recipe.border.0: 256 must be less than or equal to 255"),
     ):
         with pytest.raises(BadInput, match=said):
             trial(**over)
@@ -159,6 +162,10 @@ def test_resize_and_crop() -> None:
         (
             {"data": {"image_size": 32}, "model": "vit_s16", "recipe": RAMP},
             "workload.recipe.resolution: vit_s16 takes images of one size, data.image_size, 32; leave recipe.resolution out",
+        ),
+        (
+            {"data": {"channels": 1, "mean": [0.5], "std": [0.3]}},
+            "workload.data.channels: 1 is too few for resnet18; 3, with mean and std of three, reads grey images as RGB",
         ),
         ({"recipe": {"resolution": {"start": 8}}}, "workload.recipe.resolution.epochs: missing; e.g. [65, 76]"),
         (

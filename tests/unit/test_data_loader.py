@@ -62,9 +62,10 @@ def one_line(call, *args):
 
 
 @MODES
-def test_batches_against_a_slow_reading_of_the_tars(folder, mode):
+@pytest.mark.parametrize("border", [0, 7])
+def test_batches_against_a_slow_reading_of_the_tars(folder, mode, border):
     """Every pixel of two epochs, with shifts and flips, by per-sample loops over the members themselves."""
-    trial = a_trial(folder, seed=3, recipe={"translate": 2, "flip": True})
+    trial = a_trial(folder, seed=3, recipe={"translate": 2, "flip": True} | ({"border": [border]} if border else {}))
     dataset = loader.open_data(trial.workload.data)
     index, per_epoch, n = dataset.index, schedule.steps_per_epoch(trial), trial.workload.data.trained_samples
     trained = index.train(trial.workload.data)
@@ -79,7 +80,7 @@ def test_batches_against_a_slow_reading_of_the_tars(folder, mode):
             pixels = decode(tars.member(shard, f"{key}.png")[1], 1)[0]
             if draws.flip[position]:
                 pixels = pixels[:, ::-1]
-            expected = np.zeros_like(pixels)
+            expected = np.full_like(pixels, border)
             for y in range(tars.SIZE):
                 for x in range(tars.SIZE):
                     from_y, from_x = y - draws.dy[position], x - draws.dx[position]

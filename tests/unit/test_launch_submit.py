@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import BadInput, Local, Trial
+from harness.config import Backend, BadInput, Local, Trial
 from harness.store import Store
 from harness.study import LoadedStudy, planned
 from launch import submit
@@ -113,6 +113,11 @@ def test_cost_is_measured_on_finished_trials_like_these(tmp_path: Path) -> None:
     assert measured_seconds_per_step(one, 2, store) == pytest.approx(0.05, rel=0.1)
     assert measured_seconds_per_step(one, 4, store) is None
     assert measured_seconds_per_step(trial(budget={"epochs": 7, "global_batch_size": 50}), 2, store) is None
+    unlike = ({"compile": True}, {"deterministic": True}, {"name": "fsdp"}, {"micro_batch_size": 10})
+    others = [one.model_copy(update={"backend": Backend.model_validate(backend)}) for backend in unlike]
+    assert [measured_seconds_per_step(other, 2, store) for other in others] == [None] * 4
+    patient = one.model_copy(update={"backend": Backend(timeout_seconds=100)})
+    assert measured_seconds_per_step(patient, 2, store) is not None
 
 
 def test_durations_for_people() -> None:

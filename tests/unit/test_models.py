@@ -140,6 +140,19 @@ def test_nothing_is_drawn_behind_our_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", models.BUILDERS)
+def test_which_networks_take_grey_images(name: str) -> None:
+    data = trial().workload.data.model_copy(update={"image_size": 32})
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        net = models.BUILDERS[name](data, BatchNorm)
+    grey = torch.zeros(2, 1, 32, 32, device="meta")
+    if name in config.OF_COLOUR:
+        with pytest.raises(RuntimeError, match="channel"):
+            net.to("meta").eval()(grey)
+    else:
+        assert net.to("meta").eval()(grey).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", models.BUILDERS)
 def test_which_networks_take_images_of_any_size(name: str) -> None:
     """Those that a schedule of resolutions, or evaluation at another size, is refused for cannot; all others can."""
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
