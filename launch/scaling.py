@@ -202,7 +202,7 @@ def main() -> None:
     out = Console(width=140, highlight=False)
     out.print(
         f"Of a rank, AdamW, at {' or '.join(map(str, MICRO_BATCHES))} micro-batches a step: GB at the peak without activations, by GPUs; "
-        f"GB sent; at {NETWORK / 1e9:g} GB/s,\nms of a step in which nothing computes, and of the shortest arithmetic that can hide the rest",
+        f"GB sent; at {NETWORK / 1e9:g} GB/s,\nms of a step in which nothing computes, and of the least arithmetic that can hide the rest",
         soft_wrap=True,
     )
     cells = []
