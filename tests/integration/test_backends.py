@@ -18,6 +18,7 @@ from harness.config import Trial
 from harness.dist import Ranks as Place
 from harness.store import Store
 from tests.equivalence import groups
+from tests.equivalence.rank import Failed
 from tests.integration.ranks import Ranks, finish, history
 from tests.integration.test_train import ADAMW, SGDW, small
 from tests.trials import trial
@@ -177,4 +178,4 @@ def test_networks_that_are_gathered_in_parts_train_as_whole_ones(tmp_path: Path)
     """Nested units, and parameters between them. Limit 1e-4: float32 sums in another order, through a few normalised batches."""
     names = ("vit_s16", "convnext_tiny", "regnet_y_1_6gf", "resnet18")
     found = groups.execute([Alike(name) for name in names], tmp_path, "cpu", 2, lambda run: None)
-    assert {name: value for name, value in found.items() if not value <= 1e-4} == {}
+    assert {name: value for name, value in found.items() if isinstance(value, Failed) or not value <= 1e-4} == {}
