@@ -244,7 +244,7 @@ def _threads() -> int:
 # --------------------------------------------------------------------------------------------------- shards
 
 
-ShardsArgument = Annotated[str, typer.Argument(metavar="PATH", help="folder of the shards, or a list: DIR/train-{000..146}.tar")]
+ShardsArgument = Annotated[str, typer.Argument(metavar="PATH", help="folder of the shards, or a list, quoted: 'DIR/train-{000..146}.tar'")]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="processes; default: all cores")]
 
 
