@@ -13,7 +13,9 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: faults soak setup demo test unit lint integration test-ui test-slurm slurm-up slurm-down bench bench-data bench-read calibrate results equivalence gpu-check clean
 .DEFAULT_GOAL := test
 
-setup: .venv/.installed
+setup: .venv/.installed  # an environment that was moved or copied still runs the code, and the Python, that it was made with
+	@cd / && test "$$($(CURDIR)/$(BIN)/python -c 'import harness; print(harness.__path__[0])' 2> /dev/null)" = "$(CURDIR)/harness" || \
+		{ echo "error: .venv was made for another folder than $(CURDIR); remove it, and make setup makes it anew"; exit 2; }
 
 .venv/.installed: pyproject.toml constraints.txt harness/data/_jpeg.c harness/data/_huffman.h
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

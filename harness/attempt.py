@@ -131,7 +131,12 @@ class Attempt:
 
     def resume(self, engine: Engine, **described: Any) -> Progress:
         """Loads the newest sound checkpoint, if any, into the engine and opens the journal's attempt. Collective."""
-        saved, complaints = checkpoint.newest(self.folder, self.trial.trial_id) if self.ranks.rank == 0 else (None, [])
+        lines = list(journal.glance(self.folder.journal)) if self.ranks.rank == 0 else []
+        reached: dict[int, int] = {}
+        for line in lines:
+            if "metrics" in line:
+                reached[line["attempt"]] = max(reached.get(line["attempt"], 0), line["step"] + 1)
+        saved, complaints = checkpoint.newest(self.folder, self.trial.trial_id, reached) if self.ranks.rank == 0 else (None, [])
         path = self.ranks.from_rank_0(str(saved.path) if saved else "")
         progress = Progress()
         if path:
@@ -139,7 +144,6 @@ class Attempt:
             engine.load(saved)
             progress = Progress(**saved.manifest["progress"])
         self._saved = progress
-        lines = list(journal.glance(self.folder.journal)) if self.ranks.rank == 0 else []
         self._substituted = set(self.ranks.from_rank_0([line["substituted"] for line in lines if "substituted" in line]))
         before: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") == "start"), {})
         for what, now in self._pixels().items():

@@ -269,13 +269,19 @@ def found(folder: TrialFolder) -> list[tuple[int, int, Path]]:
     return sorted(((int(m[1]), int(m[2]), p) for m, p in named if m), key=lambda c: (c[1], c[0]), reverse=True)
 
 
-def newest(folder: TrialFolder, trial_id: str) -> tuple[Saved | None, list[str]]:
-    """(the newest checkpoint whose every byte is as written, a warning for each damaged one passed over).
+def newest(folder: TrialFolder, trial_id: str, reached: Mapping[int, int] | None = None) -> tuple[Saved | None, list[str]]:
+    """(the newest checkpoint whose every byte is as written, a warning for each one passed over).
 
+    reached: of each attempt, steps that the journal has. It is on disk before a checkpoint is committed, so one beyond it stands
+    beside a journal that was cut, or is an older copy: what is missing there would never be known again. None: not asked.
     Raises BadInput for a checkpoint of another trial.
     """
     complaints: list[str] = []
     for step, attempt, path in found(folder):
+        if reached is not None and reached.get(attempt, 0) < step:
+            has = f"{folder.journal.name} ends at step {reached.get(attempt, 0)} of attempt {attempt}"
+            complaints.append(f"checkpoint {path.name} is passed over: {has}, cut, or an older copy; what it lacks is trained again")
+            continue
         try:
             manifest = _read_manifest(path)
         except (OSError, ValueError, LookupError, TypeError) as error:

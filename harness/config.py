@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shlex
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,22 @@ class BadInput(ValueError):
     """What a user wrote cannot be done. One line a mistake; the command line prints it and exits 2."""
 
 
+LONGEST = 100
+"""characters of a value in a message"""
+_repr = reprlib.Repr()  # stops early: an alias bomb written out would fill the memory
+_repr.maxlevel, _repr.maxstring, _repr.maxlong, _repr.maxother = 4, LONGEST, LONGEST, LONGEST
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 20
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: no longer than LONGEST."""
+    return _cut(_repr.repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number")
@@ -74,6 +91,15 @@ Whole = Annotated[int, BeforeValidator(_no_bool)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80, examples=["AdamWR"])]
+
+
+def _no_file_of_a_store(value: str) -> str:
+    if value.lower().startswith("mlflow.db"):  # and what SQLite puts beside it; some file systems know no capitals
+        raise ValueError("is a file of every store, where a study has its folder")
+    return value
+
+
+StudyName = Annotated[Name, AfterValidator(_no_file_of_a_store)]
 
 
 class Frozen(BaseModel):
@@ -573,7 +599,7 @@ class Backend(Frozen):
 class Trial(Frozen):
     """One resolved config. Its id hashes what defines its result and nothing else."""
 
-    study: Name = "adhoc"
+    study: StudyName = "adhoc"
     arm: Name = "trial"
     phase: Literal["search", "finalists"] = "search"
     workload: Workload
@@ -726,8 +752,25 @@ class Uniform(Frozen):
 class Choice(Frozen):
     choice: tuple[Any, ...] = Field(min_length=1, examples=[[0.9, 0.95]])
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        first: dict[Any, int] = {}
+        for i, value in enumerate(self.choice):
+            if first.setdefault(comparable(value), i) != i:
+                raise ValueError(f"choice: {shown(value)} is there twice; leave one out")
+        return self
+
     def at(self, u: float) -> Any:
         return self.choice[min(int(u * len(self.choice)), len(self.choice) - 1)]
+
+
+def comparable(value: Any) -> Any:
+    """Hashable, and equal for numbers that a trial takes as the same, alone or in a list: 0.1 and the text 1e-1."""
+
+    def one(value: Any) -> Any:
+        return float(value) if _is_number(value) else shown(value)
+
+    return tuple(map(one, value)) if isinstance(value, list | tuple) else one(value)
 
 
 def _must_ascend(key: str, pair: tuple[float, float]) -> None:
@@ -815,7 +858,7 @@ class Arm(Frozen):
         for key, axis in axes.items():
             block, _, field = key.partition(".")
             if field in getattr(self, block):
-                raise ValueError(f"{key}: {getattr(self, block)[field]!r} is fixed and also an axis of {where}; remove one of them")
+                raise ValueError(f"{key}: {shown(getattr(self, block)[field])} is fixed and also an axis of {where}; remove one of them")
             for said in DERIVED.get(key, ()):
                 name = said.split(".")[1]
                 fixed = self.optimizer.get(name)
@@ -823,17 +866,17 @@ class Arm(Frozen):
                     raise ValueError(f"{where}.{key}: sets optimizer.{name}, which is an axis too; remove one of them")
                 if fixed is not None and not (name == "betas" and isinstance(fixed, list | tuple) and fixed[:1] in ([None], (None,))):
                     advice = "; write [null, beta2]" if name == "betas" else "; remove one of them"
-                    raise ValueError(f"optimizer.{name}: {fixed!r} is fixed and also set by the axis {key}{advice}")
+                    raise ValueError(f"optimizer.{name}: {shown(fixed)} is fixed and also set by the axis {key}{advice}")
             if key in DERIVED:
                 most = 1.0 if key == "optimizer.one_minus_beta1" else math.inf
                 values = axis.choice if isinstance(axis, Choice) else (axis.at(0.0), axis.at(1.0))
                 if out := [value for value in values if not _is_number(value) or not 0 < float(value) <= most]:
                     limit = f" and at most {most:g}" if math.isfinite(most) else ""
-                    raise ValueError(f"{where}.{key}: {out[0]!r} must be a number above 0{limit}; e.g. {{log_uniform: [0.01, 0.3]}}")
+                    raise ValueError(f"{where}.{key}: {shown(out[0])} must be a number above 0{limit}; e.g. {{log_uniform: [0.01, 0.3]}}")
         if "optimizer.effective_lr" in axes:
             if self.optimizer.get("name") != "adam":
                 given = self.optimizer.get("name")
-                raise ValueError(f"{where}.optimizer.effective_lr: is of adam, which has eps, not of {given!r}; use optimizer.lr")
+                raise ValueError(f"{where}.optimizer.effective_lr: is of adam, which has eps, not of {shown(given)}; use optimizer.lr")
             if self.gradient_scale is None:
                 raise ValueError("gradient_scale: missing; the axis optimizer.effective_lr needs it; e.g. 0.001")
 
@@ -856,7 +899,7 @@ def _is_number(value: Any) -> bool:
     """YAML reads 1e-3 as text."""
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -923,7 +966,7 @@ def _pairs(a: str, b: str, arms: Iterable[str]) -> list[tuple[str, str]]:
 class Study(Frozen):
     """configs/study/NAME.yaml: a workload x named arms x a search space x seeds."""
 
-    name: Name = Field(examples=["demo"])
+    name: StudyName = Field(examples=["demo"])
     workload: Annotated[dict[str, Any], BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Field(
         description="name in configs/workload, a path, or {name: ..., KEY: overrides}; with data and model, complete in itself",
         examples=["mnist5k_cnn"],
@@ -955,7 +998,7 @@ class Study(Frozen):
             return value
         for name in itertools.chain.from_iterable(value.comparisons or ()):
             if not _boxes(name, arms):
-                raise ValueError(f"comparisons: {name!r} is no arm; {_suggest(name, list(arms))}")
+                raise ValueError(f"comparisons: {shown(name)} is no arm; {_suggest(name, list(arms))}")
         written = dict.fromkeys(name if arm._box is None else name.removesuffix(f".{arm._box}") for name, arm in arms.items())
         out: list[tuple[str, str]] = []
         for a, b in itertools.combinations(written, 2) if value.comparisons is None else value.comparisons:
@@ -972,15 +1015,17 @@ class Study(Frozen):
     def _phases_agree(self) -> Self:
         for name, phase in (("search", self.search), ("finalists", self.finalists)):
             if phase is not None and len(set(phase.seeds)) != len(phase.seeds):
-                raise ValueError(f"{name}.seeds: {list(phase.seeds)} must be distinct")
+                raise ValueError(f"{name}.seeds: {shown(list(phase.seeds))} must be distinct")
         if self.finalists is not None and self.search.points is not None and self.finalists.top > self.search.points:
             raise ValueError(f"finalists.top: {self.finalists.top} must be at most search.points, {self.search.points}")
         if self.finalists is not None:
             reused = sorted(set(self.finalists.seeds) & set(self.search.seeds))
             if reused:
+                count, above = len(self.finalists.seeds), max(self.search.seeds) + 1
+                fresh = set(self.search.seeds).isdisjoint(_count(count, FRESH_SEEDS_FROM))
                 raise ValueError(
-                    f"finalists.seeds: {reused} are search seeds too, so selection would be reported as result; "
-                    f"e.g. a count, seeds: {len(self.finalists.seeds)}"
+                    f"finalists.seeds: {shown(reused)} are search seeds too, so selection would be reported as result; "
+                    f"e.g. {f'a count, seeds: {count}' if fresh else f'others, seeds: {list(range(above, above + min(count, 3)))}'}"
                 )
         if self.sampler.name == "grid" and self.search.points is not None:
             raise ValueError("search.points has no meaning for sampler grid, whose axes say num or choice; leave points out")
@@ -1036,7 +1081,7 @@ class Slurm(Frozen):
     tasks_per_node: Whole | None = Field(None, ge=1, description="of a full node; null: gpus_per_node, or without GPUs one", examples=[8])
     cpus_per_task: Whole = Field(1, ge=1, examples=[8])
     threads_per_rank: Whole = Field(1, ge=1, description="CPU threads of torch in each rank; part of bit-equality on CPU", examples=[1])
-    mem_gb: Number | None = Field(None, gt=0, description="memory a node; null: the partition's default", examples=[64])
+    mem_gb: Number | None = Field(None, gt=0, le=100_000, description="memory a node; null: the partition's default", examples=[64])
     time_minutes: Whole = Field(ge=1, description="limit of one life of a job; it is requeued and goes on", examples=[720])
     partition: Word | None = Field(None, examples=["gpu"])
     account: Word | None = Field(None, examples=["vision"])
@@ -1078,7 +1123,7 @@ class Slurm(Frozen):
             if key in OURS:
                 raise ValueError(f"{key}: is given by wrbench itself" + (f"; use {OURS[key]}" if OURS[key] else ""))
             if given is not True and (not isinstance(given, str | int) or given is False or "\n" in str(given)):
-                raise ValueError(f"{key}: {given!r} must be a line of text, a number or true; e.g. {{exclude: n1}}")
+                raise ValueError(f"{key}: {shown(given)} must be a line of text, a number or true; e.g. {{exclude: n1}}")
         return value
 
     @model_validator(mode="after")
@@ -1086,7 +1131,7 @@ class Slurm(Frozen):
         try:
             shlex.split(self.python or "")
         except ValueError as error:
-            raise ValueError(f"python: {self.python!r} is no command of a shell: {error}") from None
+            raise ValueError(f"python: {shown(self.python)} is no command of a shell: {error}") from None
         if self.signal_lead_seconds >= 60 * self.time_minutes:
             raise ValueError(
                 f"signal_lead_seconds: {self.signal_lead_seconds} must be below time_minutes, {60 * self.time_minutes} s; "
@@ -1142,7 +1187,7 @@ def read_cluster(name: str) -> Cluster:
     document = read_yaml(path)
     executor = document.get("executor", "local")
     if executor not in ("local", "debug", "slurm"):
-        raise BadInput(f"{path}: executor: {executor!r} is not known; valid: debug, local, slurm")
+        raise BadInput(f"{path}: executor: {shown(executor)} is not known; valid: debug, local, slurm")
     return parse(Slurm, document, str(path)) if executor == "slurm" else parse(Local, document, str(path))
 
 
@@ -1150,24 +1195,37 @@ def read_cluster(name: str) -> Cluster:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """safe_load that refuses a key written twice instead of keeping the last."""
+    """safe_load that refuses a key written twice instead of keeping the last, and what contains itself."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # in the order of the file: a merge changes the nodes it merges
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = key_node.value if key_node.tag == "tag:yaml.org,2002:merge" else self.construct_object(key_node)
             if isinstance(key, list | dict):
                 continue
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {shown(key)} is written twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # a date without such a day, a number of 5,000 digits
+        raise yaml.YAMLError(error) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; BadInput when it is absent, unreadable, not YAML or not a mapping."""
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+        value = parse_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -1195,12 +1253,12 @@ def find(kind: Literal["workload", "study", "cluster"], name: str) -> Path:
     if as_path.suffix in (".yaml", ".yml") or "/" in name:
         if as_path.is_file():
             return as_path
-        raise BadInput(f"{kind}: {name}: no such file")
+        raise BadInput(f"{kind}: {name}: {'is not a regular file' if as_path.exists() else 'no such file'}")
     path = CONFIGS / kind / f"{name}.yaml"
     if path.is_file():
         return Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
     known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-    raise BadInput(f"{kind}: {name!r} is not in configs/{kind}; {_suggest(name, known)}")
+    raise BadInput(f"{kind}: {shown(name)} is not in configs/{kind}; {_suggest(name, known)}")
 
 
 def parse(model: type[M], value: dict[str, Any], source: str, rename: Callable[[str], str] = str) -> M:
@@ -1216,7 +1274,7 @@ _DOTTED = re.compile(r"[a-z_0-9]+(\.[a-z_0-9]+)*")
 
 def _explain(error: ValidationError, model: type[BaseModel], rename: Callable[[str], str]) -> Iterator[str]:
     for e in error.errors():
-        owner, keys, field = _locate(model, e["loc"])
+        owner, keys, field = _locate(model, tuple(_cut(part) if isinstance(part, str) else part for part in e["loc"]))
         key, message, kind = rename(".".join(keys)), e["msg"], e["type"]
         if kind == "extra_forbidden":
             yield f"{key}: unknown key; {_suggest(keys[-1], sorted(owner.model_fields))}"
@@ -1224,7 +1282,7 @@ def _explain(error: ValidationError, model: type[BaseModel], rename: Callable[[s
             yield f"{key}: missing; {_example(field) or 'give a value'}"
         elif kind == "union_tag_invalid":
             tag = e["ctx"]["tag"]
-            yield f"{key}.name: {tag!r} is not known; {_suggest(tag, e['ctx']['expected_tags'].replace(chr(39), '').split(', '))}"
+            yield f"{key}.name: {shown(tag)} is not known; {_suggest(tag, e['ctx']['expected_tags'].replace(chr(39), '').split(', '))}"
         elif kind == "union_tag_not_found":
             yield f"{key}.name: missing; {_suggest('', sorted(_tags(field)))}"
         elif kind == "value_error":
@@ -1235,11 +1293,11 @@ def _explain(error: ValidationError, model: type[BaseModel], rename: Callable[[s
             elif isinstance(e["input"], dict | BaseModel):
                 yield f"{key}.{text}"
             else:
-                yield f"{key}: {e['input']!r} {text}; {_example(field)}".removesuffix("; ")
+                yield f"{key}: {shown(e['input'])} {text}; {_example(field)}".removesuffix("; ")
         else:
             constraint = message[0].lower() + message[1:]
             constraint = constraint.removeprefix("input ").replace("should be", "must be").replace("should have", "must have")
-            yield f"{key}: {e['input']!r} {constraint}; {_example(field)}".removesuffix("; ")
+            yield f"{key}: {shown(e['input'])} {constraint}; {_example(field)}".removesuffix("; ")
 
 
 def _locate(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str], FieldInfo | None]:

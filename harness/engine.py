@@ -75,6 +75,7 @@ class Engine(ABC):
         self._norms, self._drawn = norm.layers(self._model), draws.layers(self._model)
         self._gathered: nn.Module | None = None
         if trial.backend.compile:
+            torch._dynamo.config.recompile_limit = 64  # FSDP compiles by block: ConvNeXt's nine drop rates are nine graphs, at every size
             self._model.compile(dynamic=False)  # a graph for each size of a schedule, the same ones after a resume
 
     def train_step(

@@ -160,9 +160,13 @@ class TrialFolder:
             yield
 
     def finished_result(self) -> dict[str, Any] | None:
-        """result.json of a finished trial; None for any other, also for what a superseded attempt wrote in its last moment."""
+        """result.json of a finished trial; None for any other, also for what a superseded attempt wrote in its last moment, and
+        beside a journal that does not say so (cut, or an older copy), whose numbers are not there to be read."""
         result = self._result()
-        return result if result and result["state"] == "finished" and not self.is_superseded(result["attempts"]) else None
+        if not result or result["state"] != "finished" or self.is_superseded(result["attempts"]):
+            return None
+        end = journal.fold(journal.glance(self.journal)).end
+        return result if end is not None and end["state"] == "finished" else None
 
     def _result(self) -> dict[str, Any] | None:
         try:

@@ -18,7 +18,24 @@ from typing import Any
 import yaml
 
 from harness import schedule
-from harness.config import DERIVED, Adam, Arm, BadInput, Choice, Study, Trial, WorkloadFile, dotted, find, parse, read_yaml
+from harness.config import (
+    DERIVED,
+    Adam,
+    Arm,
+    BadInput,
+    Choice,
+    Study,
+    Trial,
+    WorkloadFile,
+    comparable,
+    did_you_mean,
+    dotted,
+    find,
+    parse,
+    parse_yaml,
+    read_yaml,
+    shown,
+)
 
 DEFAULTS = ("budget", "evaluation", "checkpoint")
 """blocks of a workload file that a study may override"""
@@ -33,6 +50,9 @@ REFERRED: Any = {
 """of a workload: what its published reference holds for"""
 
 BLOCKS = ("optimizer", "decay", "schedule")
+MOST = 20_000
+"""trials of a phase: a plan of them takes seconds"""
+
 DEFAULT_BETA2: float = Adam.model_fields["betas"].default[1]
 DEFAULT_EPS: float = Adam.model_fields["eps"].default
 
@@ -79,7 +99,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
     document.setdefault("name", Path(path).stem)
     for override in overrides:
         _set(document, override)
+    _check_said_once(document, overrides, source)
     study = parse(Study, document, source)
+    _check_size(study, source)
     workload, departures = _workload(study, source)
     loaded = LoadedStudy(study, workload, source, departures)
     trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
@@ -90,6 +112,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
             raise BadInput(
                 f"{source}: arms.{trial.arm}: its trial {trial.trial_id} (seed {trial.seed}) is also one of arm {twin.arm}; "
                 "arms must differ in optimizer, decay, schedule or space"
+            )
+        if twin is not trial:
+            raise BadInput(
+                f"{source}: arms.{trial.arm}: two points of its space are one trial, {trial.trial_id}; "
+                "values of a choice must differ, also as the trial reads them"
             )
     if study.ranks is not None:
         try:
@@ -102,30 +129,108 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
 def _set(document: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise BadInput(f"--set {override!r}: must be KEY=VALUE with a dotted key; e.g. --set budget.epochs=3")
+        raise BadInput(f"--set {shown(override)}: must be KEY=VALUE with a dotted key; e.g. --set budget.epochs=3")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
-        raise BadInput(f"--set {override!r}: {text!r} is not a YAML value; e.g. --set budget.epochs=3") from None
+        raise BadInput(f"--set {shown(override)}: {shown(text)} is not a YAML value; e.g. --set budget.epochs=3") from None
     inside: dict[str, Any] = document
-    *parents, last = _path(key)
+    arms = document.get("arms")
+    known = [str(name) for name in arms] if isinstance(arms, dict) else []
+    *parents, last = _path(key, known)
+    if known and parents[:1] == ["arms"] and len(parents) > 1 and parents[1] not in known:
+        raise BadInput(
+            f"--set {shown(override)}: {shown(parents[1])} is no arm; {did_you_mean(parents[1], known)}valid: {', '.join(known)}; "
+            "a new one is set whole; e.g. --set 'arms.New={optimizer: {name: sgd, lr: 0.1}, schedule: {name: cosine}}'"
+        )
     for part in parents:
         below = inside.setdefault(part, {})
         if part == "workload" and isinstance(below, str):
             below = inside[part] = {"name": below}
         if not isinstance(below, dict):
-            raise BadInput(f"--set {override!r}: {part} is {below!r}, which has no keys")
+            raise BadInput(f"--set {shown(override)}: {part} is {shown(below)}, which has no keys")
         inside = below
     inside[last] = value
 
 
-def _path(key: str) -> list[str]:
-    """The parts of a dotted key; what follows `space`, or a box, is one part, since an axis is itself a dotted key."""
+def _path(key: str, arms: Sequence[str]) -> list[str]:
+    """The parts of a dotted key; the name of an arm is one, and what follows `space`, or a box, since an axis is itself a dotted key."""
     parts = key.split(".")
+    arm = max((name for name in arms if key.startswith(f"arms.{name}.")), key=len, default="")
+    if arm:
+        parts[1 : 2 + arm.count(".")] = [arm]
     axis = {"space": 3, "boxes": 4}.get(parts[2]) if len(parts) > 2 and parts[0] == "arms" else None
     if axis is None or len(parts) < axis + 2:
         return parts
     return [*parts[:axis], ".".join(parts[axis : axis + 2]), *parts[axis + 2 :]]
+
+
+def _check_said_once(document: Mapping[str, Any], overrides: Sequence[str], source: str) -> None:
+    """BadInput where the study has a value of its own for what it also overrides of its workload: that would be passed over.
+
+    A workload that is complete in itself has defaults, as a file of configs/workload has: they are refused only by --set.
+    """
+    workload = document.get("workload")
+    if not isinstance(workload, dict):
+        return
+    complete, set_keys = {"data", "model"} <= workload.keys(), [override.partition("=")[0] for override in overrides]
+    for key, (theirs, own) in _both({k: workload[k] for k in DEFAULTS if k in workload}, document):
+        there = f"workload.{key}"
+        if not complete or any(f"{there}.".startswith(f"{k}.") or k.startswith(f"{there}.") for k in set_keys):
+            raise BadInput(f"{source}: {there}: {shown(theirs)} is set, and {key}: {shown(own)} too, which stands before it; set {key}")
+
+
+def _both(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """(dotted key, both values) of what both say."""
+    for key in a:
+        if key in b and isinstance(a[key], Mapping) and isinstance(b[key], Mapping):
+            yield from _both(a[key], b[key], f"{prefix}{key}.")
+        elif key in b:
+            yield f"{prefix}{key}", (a[key], b[key])
+
+
+def _check_size(study: Study, source: str) -> None:
+    """BadInput where a space lacks points, or there are more than MOST trials: counted, before anything is drawn."""
+    grid, asked, seeds = study.sampler.name == "grid", study.search.points, len(study.search.seeds)
+    spaces = {name: arm.space for name, arm in study.arms.items() if arm.space}
+    lacking = [(name, key) for name, space in spaces.items() for key, axis in sorted(space.items()) if not _count(axis)]
+    if grid and lacking:
+        missing = "missing; sampler grid needs the points along each axis; e.g. 5"
+        raise BadInput("\n".join(f"{source}: {study.arms[name].written(name, key)}.num: {missing}" for name, key in lacking))
+    if not grid and spaces and asked is None:
+        raise BadInput(f"{source}: search.points: missing; arm {next(iter(spaces))} has a space to search; e.g. 8")
+    most = {name: math.prod(map(_count, space.values())) for name, space in spaces.items()}
+    counts = [most[name] if grid else asked or 1 for name in spaces] + [1] * (len(study.arms) - len(spaces))
+    if (trials := sum(counts) * seeds) > MOST:
+        room = (MOST // seeds - len(study.arms) + len(spaces)) // max(1, len(spaces))
+        num = int(max(0, room) ** (1 / max(map(len, spaces.values()), default=1)))
+        advice = f"num: {num}" if grid else f"search.points={room}"
+        raise BadInput(
+            f"{source}: search: {sum(counts)} points of {len(study.arms)} arm(s) x {seeds} seed(s) = {trials} trials, "
+            f"must be at most {MOST}; e.g. {advice if (num > 1 if grid else room > 0) else 'fewer search.seeds'}"
+        )
+    top, fresh = (study.finalists.top, len(study.finalists.seeds)) if study.finalists else (0, 0)
+    if (best := sum(min(top, count) for count in counts)) * fresh > MOST:
+        raise BadInput(
+            f"{source}: finalists: {best} configurations x {fresh} seed(s) = {best * fresh} trials, must be at most {MOST}; "
+            f"e.g. finalists.seeds={MOST // best}"
+        )
+    for name, space in spaces.items():
+        if not grid and asked and asked > most[name] and all(isinstance(axis, Choice) for axis in space.values()):
+            raise BadInput(f"{source}: {_too_few(name, asked, most[name])}")
+        for key, axis in space.items():
+            if grid and not isinstance(axis, Choice) and (distinct := len(set(_levels(axis)))) < _count(axis):
+                where, advice = f"{study.arms[name].written(name, key)}.num", str(distinct // 2) if distinct > 3 else "a wider axis"
+                raise BadInput(f"{source}: {where}: {axis.num} points, of which {distinct} differ in six digits; e.g. {advice}")
+
+
+def _count(axis: Any) -> int:
+    """Points of a grid along it; 0: not said."""
+    return len(axis.choice) if isinstance(axis, Choice) else axis.num or 0
+
+
+def _too_few(arm: str, asked: int, there: int) -> str:
+    return f"search.points: {asked} must be at most the {there} configuration(s) of the space of arm {arm}; e.g. search.points={there}"
 
 
 def _workload(study: Study, source: str) -> tuple[WorkloadFile, tuple[str, ...]]:
@@ -143,7 +248,7 @@ def _workload(study: Study, source: str) -> tuple[WorkloadFile, tuple[str, ...]]
         document = _merged(base, overrides)
     for key in DEFAULTS:
         if not isinstance(document.get(key, {}), dict):
-            raise BadInput(f"{where}: {key}: {document[key]!r} must be a mapping of keys to values")
+            raise BadInput(f"{where}: {key}: {shown(document[key])} must be a mapping of keys to values")
         document[key] = _merged(document.get(key, {}), getattr(study, key))
 
     def as_written(key: str) -> str:
@@ -203,33 +308,38 @@ def points(arm_name: str, arm: Arm, study: Study) -> Iterator[dict[str, Any]]:
 
     Quasi-random points come from one scrambled stream an arm, seeded by the sampler's seed and the arm's name, over
     the axes in the order of their keys: the first n points of a longer search are the points of a shorter one, and no
-    other arm moves them. Values are rounded to six significant digits, so that ids do not hang on a last bit.
+    other arm moves them. A point that was drawn before is passed over. Values are rounded to six significant digits, so
+    that ids do not hang on a last bit.
     """
     axes = sorted(arm.space.items())
     if not axes:
         yield {}
         return
     if study.sampler.name == "grid":
-        for values in itertools.product(*(_levels(arm_name, arm, key, axis) for key, axis in axes)):
+        for values in itertools.product(*(_levels(axis) for _, axis in axes)):
             yield dict(zip((key for key, _ in axes), values, strict=True))
         return
-    if study.search.points is None:
-        raise BadInput(f"{study.name}: search.points: missing; arm {arm_name} has a space to search; e.g. 8")
+    assert study.search.points is not None, "checked with the study"
     from scipy.stats import qmc  # most of a second, which commands on studies without axes need not spend
 
     digest = hashlib.sha256(f"{study.sampler.seed}/{arm_name}".encode()).digest()
     seed = int.from_bytes(digest[:8], "big")
     engine = (qmc.Sobol if study.sampler.name == "sobol" else qmc.Halton)(len(axes), scramble=True, rng=seed)
-    for _ in range(study.search.points):
-        unit = engine.random(1)[0]
-        yield {key: axis.at(float(u)) for (key, axis), u in zip(axes, unit, strict=True)}
+    drawn: set[Any] = set()
+    in_vain = 0
+    while len(drawn) < study.search.points:
+        point = {key: axis.at(float(u)) for (key, axis), u in zip(axes, engine.random(1)[0], strict=True)}
+        if (values := tuple(map(comparable, point.values()))) not in drawn:
+            drawn.add(values)
+            in_vain = 0
+            yield point
+        elif (in_vain := in_vain + 1) > 1000 + 100 * len(drawn):  # were there one more as likely as these, it had come
+            raise BadInput(_too_few(arm_name, study.search.points, len(drawn)))
 
 
-def _levels(name: str, arm: Arm, key: str, axis: Any) -> list[Any]:
+def _levels(axis: Any) -> list[Any]:
     if isinstance(axis, Choice):
         return list(axis.choice)
-    if axis.num is None:
-        raise BadInput(f"{arm.written(name, key)}.num: missing; sampler grid needs the points along each axis; e.g. 5")
     return [axis.at(i / (axis.num - 1)) for i in range(axis.num)]
 
 
@@ -279,7 +389,7 @@ def _scale(arm: Arm, eps: Any) -> float:
     try:
         return float(eps) + arm.gradient_scale
     except (TypeError, ValueError):
-        raise ValueError(f"optimizer.eps: {eps!r} must be a number; e.g. {DEFAULT_EPS:g}") from None
+        raise ValueError(f"optimizer.eps: {shown(eps)} must be a number; e.g. {DEFAULT_EPS:g}") from None
 
 
 def _drawn(value: float) -> float:
@@ -333,7 +443,10 @@ def planned(loaded: LoadedStudy, results: Mapping[str, float | None]) -> list[Pl
     study = loaded.study
     out: list[Planned] = []
     for name in study.arms:
-        arm_points = list(points(name, study.arms[name], study))
+        try:
+            arm_points = list(points(name, study.arms[name], study))
+        except BadInput as error:
+            raise BadInput(f"{loaded.source}: {error}") from None
         ranked: list[tuple[float, int]] = []
         complete = True
         for index, point in enumerate(arm_points):

@@ -236,7 +236,10 @@ def train(file: Annotated[Path, typer.Argument(metavar="TRIAL.yaml", help="a res
     """One trial in this process, or in every rank of torchrun or srun."""
     from harness.data.index import checked
 
-    trial = parse(Trial, read_yaml(file), str(file))
+    document = read_yaml(file)
+    if "arms" in document:
+        raise BadInput(f"{file}: arms: is of a study, not of a resolved trial; wrbench study submit {shlex.quote(str(file))} runs it")
+    trial = parse(Trial, document, str(file))
     kept = Store(store)
     kept.check_writable()
     ranks = os.environ.get("WORLD_SIZE", "1")
@@ -266,7 +269,7 @@ def _threads() -> int:
 # --------------------------------------------------------------------------------------------------- shards
 
 
-ShardsArgument = Annotated[str, typer.Argument(metavar="PATH", help="folder of the shards, or a list: DIR/train-{000..146}.tar")]
+ShardsArgument = Annotated[str, typer.Argument(metavar="PATH", help="folder of the shards, or a list, quoted: 'DIR/train-{000..146}.tar'")]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="processes; default: all cores")]
 
 

@@ -142,9 +142,11 @@ def scale(loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> dic
         micro_batches = trial.budget.global_batch_size // ranks // trial.micro_batch_size(ranks)
     except BadInput:  # told by plan_warnings
         return found
+    sent = scaling.traffic(reference.parameters, trial.backend, ranks, micro_batches)
     return found | {
-        "bytes_a_rank": scaling.memory(reference.parameters, kept, trial.backend, ranks).total,
-        "bytes_sent_a_step": scaling.traffic(reference.parameters, trial.backend, ranks, micro_batches),
+        "bytes_a_rank": scaling.memory(reference.parameters, kept, trial.backend, ranks, micro_batches).peak,
+        "bytes_sent_a_step": sent.total,
+        "bytes_exposed_a_step": sent.exposed,
         "checkpoint_bytes": scaling.checkpoint_bytes(reference.parameters, kept),
         "images_a_second": reference.images_per_second / scaling.pixel_share(trial) * ranks,
     }
@@ -214,10 +216,12 @@ def _show_scale(out: Console, loaded: LoadedStudy, plan: Sequence[Planned], clus
     on_paper = scale(loaded, plan, cluster)
     if "bytes_a_rank" not in on_paper:
         return
-    held, sent, saved = (f"{on_paper[key] / 1e9:.2f} GB" for key in ("bytes_a_rank", "bytes_sent_a_step", "checkpoint_bytes"))
+    keys = ("bytes_a_rank", "bytes_sent_a_step", "bytes_exposed_a_step", "checkpoint_bytes")
+    held, sent, exposed, saved = (f"{on_paper[key] / 1e9:.2f} GB" for key in keys)
     where = f"a rank of {on_paper['ranks']} ({any_trial(loaded).backend.name})"
     out.print(
-        f"on paper, {where}: {held} of weights, gradients and moments, {sent} sent a step; a checkpoint: {saved}; "
+        f"on paper, {where}: {held} at the peak without activations, {sent} sent a step, {exposed} of it while nothing computes; "
+        f"a checkpoint: {saved}; "
         f"images to read: {on_paper['images_a_second']:,.0f} a second; points: {on_paper['points_a_trial']:,}",
         soft_wrap=True,
     )

@@ -1,8 +1,10 @@
 """What a trial takes at scale, on paper: bytes of a rank, bytes on the wire, a checkpoint, images to read, points to track.
 
-Pure arithmetic, in bytes and seconds, of numbers that somebody states: parameters, a GPU's speed, a network's. `make bench` holds moments
-and copies against engines that run (tests/benchmarks/sharding.py), a test the points against a journal. Activations are not
-counted: they depend on the micro-batch and not on the number of ranks. `python -m launch.scaling` prints the tables of the README.
+Pure arithmetic, in bytes and seconds, of numbers that somebody states: parameters, a GPU's speed, a network's. Tests hold peaks of
+memory, the wire and points against real steps and a journal (tests/integration/test_scaling.py, tests/unit/test_scaling.py), and
+`make bench` moments and copies against engines that run (tests/benchmarks/sharding.py). Activations are not counted, nor autocast's
+copies of the weights, 2 bytes a parameter: they do not depend on the number of ranks. `python -m launch.scaling` prints the tables
+of the README.
 """
 
 from __future__ import annotations
@@ -31,8 +33,20 @@ SPLIT = 3
 CYCLE_END = 3
 """points of a cycle's end: train_eval/loss, weights/norm, weights/update_ratio; adam/v_below_eps is one more"""
 
-BACKWARD = 2 / 3
-"""of a step's arithmetic is the backward pass, under which communication can hide"""
+FORWARD, BACKWARD = 1 / 3, 2 / 3
+"""of a step's arithmetic is in either pass"""
+
+BUCKET = 500_000_000
+"""elements that DeepSpeed reduces at once: harness.backends.zero, and never more than the parameters"""
+
+PREFETCH = 50_000_000
+"""elements that DeepSpeed 3 gathers at once: stage3_prefetch_bucket_size, its default"""
+
+LIVE = 1_000_000_000
+"""elements that DeepSpeed 3 keeps gathered: stage3_max_live_parameters and stage3_max_reuse_distance, their defaults"""
+
+UNIT = 0.25
+"""share of the parameters in FSDP's largest unit at most, ResNet-18 (0.40) and the digits' networks aside: tests/unit/test_models.py"""
 
 
 @dataclass(frozen=True)
@@ -41,13 +55,42 @@ class Bytes:
 
     weights: float
     gradients: float
+    """as the update finds them"""
     moments: float
     copy: float
     """DeepSpeed's fp32 copy of its part of the weights"""
+    passing: float
+    """at the peak of a step: gradients in whatever form, gathered weights, buffers"""
+
+    @property
+    def peak(self) -> float:
+        """The most that is held at a time; a model does not fit if this and its activations do not."""
+        return self.weights + self.moments + self.copy + self.passing
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a rank sends in a step, by what can hide them at best."""
+
+    forward: float
+    backward: float
+    exposed: float
+    """while nothing computes"""
+    last: float
+    """of `backward`, under the last micro-batch's alone"""
+    micro_batches: int
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.moments + self.copy
+        return self.forward + self.backward + self.exposed
+
+    def exposed_seconds(self, bytes_per_second: float) -> float:
+        """Of every step, however long."""
+        return self.exposed / bytes_per_second
+
+    def hiding_seconds(self, bytes_per_second: float) -> float:
+        """The shortest arithmetic of a step, forward and backward, under which the rest can hide."""
+        return max(self.forward / FORWARD, self.micro_batches * self.last / BACKWARD) / bytes_per_second
 
 
 def moments(optimizer: Optimizer) -> int:
@@ -55,37 +98,51 @@ def moments(optimizer: Optimizer) -> int:
     return 2 if optimizer.name == "adam" else int(optimizer.momentum > 0)
 
 
-def memory(parameters: int, kept: int, backend: Backend, world: int) -> Bytes:
-    """What a rank holds between two steps, gradients included; `kept`: numbers that the optimizer keeps of a parameter.
+def memory(parameters: int, kept: int, backend: Backend, world: int, micro_batches: int = 1, unit: float = UNIT) -> Bytes:
+    """`kept`: numbers that the optimizer keeps of a parameter; `unit`: share of the parameters in FSDP's largest unit.
 
-    DeepSpeed 1-3 hold the gradients of their part twice, as reduced and flattened for the step.
+    DDP accumulates beside its buckets. DeepSpeed copies gradients into a bucket, and that once more to send it; at the update 1-3
+    hold those of their part twice, as reduced and flattened. DeepSpeed 3 keeps its bucket, and what it has gathered until the
+    backward pass. FSDP accumulates whole gradients. With offload_optimizer moments and copy are in the host's memory.
     """
-    whole, part = float(FP32 * parameters), FP32 * parameters / world
+    whole, part, accumulates = float(FP32 * parameters), FP32 * parameters / world, micro_batches > 1
     if backend.name == "ddp":
-        return Bytes(whole, whole, kept * (part if backend.zero_stage else whole), 0.0)
+        held = kept * (part if backend.zero_stage else whole)
+        return Bytes(whole, whole, held, 0.0, whole * (1 + (accumulates and world > 1)))
     if backend.name == "deepspeed":
+        bucket = float(FP32 * min(parameters, BUCKET))
         if backend.zero_stage == 0:
-            return Bytes(whole, whole, kept * whole, 0.0)
-        return Bytes(part if backend.zero_stage == 3 else whole, 2 * part, kept * part, part)
-    return Bytes(part, part, kept * part, 0.0)
+            return Bytes(whole, whole, kept * whole, 0.0, whole + bucket)
+        gathered = float(FP32 * (min(parameters, LIVE) + min(parameters, PREFETCH)))
+        reduced = part * (accumulates + (parameters > BUCKET))
+        passing = {1: whole + bucket, 2: 2 * bucket + reduced, 3: bucket + part + gathered}[backend.zero_stage]
+        return Bytes(part if backend.zero_stage == 3 else whole, 2 * part, kept * part, part, passing)
+    gathered = 3 * unit * whole if backend.zero_stage == 3 else (1 + 2 * unit) * whole
+    gradients = whole if accumulates else part * (backend.zero_stage == 3)  # at stage 2 the weights are gone once gradients are there
+    return Bytes(part, part, kept * part, 0.0, gathered + gradients)
 
 
-def traffic(parameters: int, backend: Backend, world: int, micro_batches: int = 1) -> float:
-    """Bytes that a rank sends in a step, by ring algorithms: (n - 1) / n of the weights a gather, a scatter or a broadcast.
+def traffic(parameters: int, backend: Backend, world: int, micro_batches: int = 1) -> Sent:
+    """By ring algorithms: (n - 1) / n of the weights a gather, a scatter or a broadcast; an all-reduce is two.
 
-    An all-reduce is two. Sharded gradients are reduced for every micro-batch, and sharded weights gathered twice for each.
+    DeepSpeed 0-2 all-reduce (use_multi_rank_bucket_allreduce, its default), 2 every micro-batch, and the backward pass waits for it
+    (overlap_comm, off by default); 1 and 2 then gather their weights, as ZeroRedundancyOptimizer sends its own. DeepSpeed 3 gathers
+    and scatters every micro-batch, and overlaps all but the first bucket gathered and the last one reduced; beyond half of LIVE it
+    gathers again in the backward pass, at most what is said here. FSDP gathers every micro-batch, at stage 3 once more in the
+    backward pass, and reduces after the last. One unit of FSDP at either end, and DDP's last bucket, hide under nothing either: not
+    taken off.
     """
-    once = FP32 * parameters * (world - 1) / world
+    once, m = FP32 * parameters * (world - 1) / world, micro_batches
     if backend.name == "ddp":
-        return once * (3 if backend.zero_stage else 2)  # ZeroRedundancyOptimizer also sends its weights
+        return Sent(0.0, 2 * once, once * (backend.zero_stage == 1), 2 * once, m)
+    if backend.name == "deepspeed" and backend.zero_stage < 3:
+        return Sent(0.0, 0.0, once * {0: 2, 1: 3, 2: 2 * m + 1}[backend.zero_stage], 0.0, m)
     if backend.name == "deepspeed":
-        return once * {0: 2, 1: 2, 2: micro_batches + 1, 3: 3 * micro_batches}[backend.zero_stage]
-    return once * micro_batches * (3 if backend.zero_stage == 3 else 2)
-
-
-def hiding_seconds(sent: float, bytes_per_second: float) -> float:
-    """The shortest step whose backward pass can hide bytes on the wire: the bound of overlap."""
-    return sent / bytes_per_second / BACKWARD
+        first, last = min(1.0, PREFETCH / parameters), min(1.0, BUCKET / parameters)
+        under = (1 - last + max(0.0, 1 - LIVE / 2 / parameters)) * once
+        return Sent((1 - first) * once * m, under * m, (first + last) * once * m, under, m)
+    again = once * (backend.zero_stage == 3)
+    return Sent(once * m, once + again * m, 0.0, once + again, m)
 
 
 def checkpoint_bytes(parameters: int, kept: int) -> int:
@@ -119,13 +176,15 @@ def points(trial: Trial) -> int:
     return LOGGED * len(logged) + SPEED * len(evaluated) + splits * (SPLIT * len(evaluated) + answered) + at_ends * len(ends)
 
 
-SIZES = {"ResNet-50, 26M": 25_557_032, "ViT-L, 304M": 304_326_632, "1B": 1_000_000_000}
+SIZES = {"ResNet-50, 26M": (25_557_032, 0.24), "ViT-L, 304M": (304_326_632, 1 / 24), "1B": (1_000_000_000, 1 / 24)}
+"""parameters, and the share of them in the largest block"""
 WORLDS = (8, 64, 1024)
 BACKENDS = (
     *(Backend(name="ddp", zero_stage=stage) for stage in (0, 1)),
-    *(Backend(name="deepspeed", zero_stage=stage) for stage in (1, 2, 3)),
+    *(Backend(name="deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3)),
     *(Backend(name="fsdp", zero_stage=stage) for stage in (2, 3)),
 )
+MICRO_BATCHES = (1, 4)
 NETWORK = 25e9
 """bytes a second of a rank: 200 Gb/s"""
 DISK = 1e9
@@ -134,23 +193,33 @@ A_CORE = 640
 """images a second that a core reads, decodes and resizes: `make bench-data`, 109 kB a photograph"""
 
 
+def _either(form: str, *values: float) -> str:
+    """One of them where they look the same."""
+    return " or ".join(dict.fromkeys(format(value, form) for value in values))
+
+
 def main() -> None:
     out = Console(width=140, highlight=False)
     out.print(
-        f"Of a rank, AdamW, one micro-batch a step: GB held, GB sent, and the shortest step that can hide it at {NETWORK / 1e9:g} GB/s"
+        f"Of a rank, AdamW, at {' or '.join(map(str, MICRO_BATCHES))} micro-batches a step: GB at the peak without activations, by GPUs; "
+        f"GB sent; at {NETWORK / 1e9:g} GB/s,\nms of a step in which nothing computes, and of the least arithmetic that can hide the rest",
+        soft_wrap=True,
     )
     cells = []
-    for label, size in SIZES.items():
+    for label, (size, unit) in SIZES.items():
         for backend in BACKENDS:
-            held = (f"{memory(size, 2, backend, world).total / 1e9:.2f}" for world in WORLDS)
-            sent = traffic(size, backend, WORLDS[-1])
-            hides = f"{1e3 * hiding_seconds(sent, NETWORK):.0f} ms"
-            cells.append([label, f"{backend.name} {backend.zero_stage}", *held, f"{sent / 1e9:.2f}", hides])
-    out.print(table(("parameters", "backend", *(f"{world} GPUs" for world in WORLDS), f"sent, {WORLDS[-1]:,} GPUs", "step"), cells))
+            sent = [traffic(size, backend, WORLDS[-1], count) for count in MICRO_BATCHES]
+            held = ([memory(size, 2, backend, world, count, unit).peak / 1e9 for count in MICRO_BATCHES] for world in WORLDS)
+            row = [_either(".2f", *peaks) for peaks in held] + [_either(".2f", *(each.total / 1e9 for each in sent))]
+            row += [
+                _either(".0f", *(1e3 * seconds(each, NETWORK) for each in sent)) for seconds in (Sent.exposed_seconds, Sent.hiding_seconds)
+            ]
+            cells.append([label, f"{backend.name} {backend.zero_stage}", *row])
+    out.print(table(("parameters", "backend", *(f"{world:,}" for world in WORLDS), "sent", "exposed", "hides the rest"), cells))
 
     out.print("\nA checkpoint with AdamW's moments")
     cells = []
-    for label, size in SIZES.items():
+    for label, (size, _) in SIZES.items():
         seconds = (written_bytes(size, 2, backend, 64) / DISK for backend in (BACKENDS[0], BACKENDS[-1]))
         cells.append([label, f"{checkpoint_bytes(size, 2) / 1e9:.2f} GB", *(f"{s:.1f} s" for s in seconds)])
     out.print(table(("parameters", "size", f"rank 0 writes, at {DISK / 1e9:g} GB/s, for", "sharded over 64"), cells))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness import norm, optim
+from harness import draws, norm, optim
 from harness.config import Trial
+from harness.data import order
 from harness.dist import Ranks
 from harness.engine import Engine, Slice
 
@@ -40,14 +41,17 @@ class DDPEngine(Engine):
             self._settle_buckets()
 
     def _settle_buckets(self) -> None:
-        """One throw-away backward pass.
+        """One throw-away backward pass, of what step 0 is fed: any other format or type would be compiled for it alone.
 
         DDP regroups its buckets after the first one, and with more than two ranks the grouping decides the order of
         sums. A fresh run and a resumed one must have it behind them alike, to be equal to the last bit.
         """
-        data = self._trial.workload.data
-        images = torch.zeros(self._micro, data.channels, data.image_size, data.image_size, dtype=torch.uint8, device=self._ranks.device)
-        self._replica(images).sum().backward()
+        trial, device, samples = self._trial, self._ranks.device, self._micro
+        data, recipe = trial.workload.data, trial.workload.recipe
+        images = torch.zeros(samples, data.channels, data.image_size, data.image_size, dtype=torch.uint8)
+        mix = order.mixing(trial.seed, 0, recipe.mixup, recipe.cutmix, data.image_size)
+        draws.assign(self._drawn, trial.seed, 0, trial.budget.global_batch_size, 0, samples, device)
+        self._micro_step(images, torch.zeros(samples, dtype=torch.int64), mix, 1, last=True)
         self._whole.zero_grad(set_to_none=True)
         norm.discard_statistics(self._norms)
 

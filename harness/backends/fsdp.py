@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,32 @@ from harness import optim
 from harness.config import Trial
 from harness.dist import Ranks, ensure_group
 from harness.engine import Engine, Slice, load_buffers
+
+SMALL = 0.1
+"""share of a network's parameters up to which a part is gathered in one piece"""
+
+
+def units(net: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered in one piece: the parts of the network, those of its large parts in their place, down to blocks.
+
+    A block (an element of a Sequential that is none itself) stays whole: it may use its parts' weights without calling them, as
+    attention does. Parameters outside of all units are left to the root.
+    """
+    whole = _elements(net)
+
+    def within(module: nn.Module) -> Iterator[nn.Module]:
+        for part in module.children():
+            block = isinstance(module, nn.Sequential) and not isinstance(part, nn.Sequential)
+            if block or _elements(part) <= SMALL * whole or not any(True for _ in part.children()):
+                yield part
+            else:
+                yield from within(part)
+
+    return (unit for unit in within(net) if _elements(unit))
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 class FSDPEngine(Engine):
@@ -30,9 +56,8 @@ class FSDPEngine(Engine):
         super().__init__(trial, ranks)
         ensure_group(ranks, trial.backend.timeout_seconds)
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-        for block in (*self._model.net.children(), self._model):
-            if any(True for _ in block.parameters()):
-                fully_shard(block, mesh=mesh, reshard_after_forward=trial.backend.zero_stage == 3)
+        for unit in (*units(self._model.net), self._model):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=trial.backend.zero_stage == 3)
         self._sharded: dict[str, Any] = dict(self._model.named_parameters())  # DTensors
         with torch.no_grad():
             local = {name: nn.Parameter(p.to_local()) for name, p in self._sharded.items()}

@@ -92,6 +92,18 @@ def crop(content: bytes, channels: Channels, choose: Callable[[int, int], Box], 
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
+def size(content: bytes) -> tuple[int, int]:
+    """(height, width) of an image, by its header; ValueError where it has none."""
+    if kind(content) == "jpeg":
+        height, width, _ = JPEG[decoder].header(content)
+        return height, width
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            return image.height, image.width
+    except Exception as error:  # as in `crop`
+        raise ValueError(str(error)) from None
+
+
 def kind(content: bytes) -> Literal["jpeg", "png", "unknown"]:
     """By the first bytes, not by the name: ImageNet has a PNG that is named .JPEG."""
     if content.startswith(b"\xff\xd8"):

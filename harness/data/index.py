@@ -198,6 +198,8 @@ class Index:
             held = sum(s.samples for s in self.shards if s.split == split)
             if held != samples:
                 lines.append(f"workload.data.{key}: {samples}, but {self.folder} holds {held}; write {held}, or another path")
+        if (fault := self._size_fault(data)) is not None and not lines:
+            lines.append(fault)
         inside = (self.label >= 0) & (self.label < data.num_classes)
         counts = np.bincount(self.label[inside & (self.holdout_rank >= 0)], minlength=data.num_classes)
         classes = int((counts > 0).sum())
@@ -216,6 +218,27 @@ class Index:
             lines.append(f"{self.label_fault(int(outside[0]), data.num_classes)}{more}")
         if lines:
             raise BadInput("\n".join(lines))
+
+    def _size_fault(self, data: Data) -> str | None:
+        """Says so when nothing is resized and the first image has another size than data says. Shards that lie elsewhere are not asked,
+        and an image that cannot be read is named once it is used."""
+        if data.resize is not None or not isinstance(self.folder, Path) or not len(self.label):
+            return None
+        from harness.data import decode
+
+        try:
+            with open(self.folder / self.shards[self.shard[0]].name, "rb") as file:
+                file.seek(int(self.offset[0]))
+                height, width = decode.size(file.read(int(self.size[0])))
+        except (OSError, ValueError):
+            return None
+        if (height, width) == (data.image_size, data.image_size):
+            return None
+        square = f"write {height}, or " if height == width else ""
+        return (
+            f"workload.data.image_size: {data.image_size}, but {self.where(0)} is {height}x{width}; {square}to resize images set "
+            f"workload.data.resize, e.g. {data.image_size * 8 // 7}"
+        )
 
     def check_test(self, test: TestSet, data: Data) -> None:
         """BadInput unless the val shards here are the further `test` set of `data`; a line a mistake."""
@@ -440,8 +463,9 @@ def tars_below(folder: Path) -> Iterator[str]:
 
 
 def _missing(path: Path) -> str:
+    made = "mnist5k" if path.name == "mnist5k" else "KIND SRC"  # the one that comes with wrbench
     if not path.exists():
-        return f"{path}: no such folder; build shards there: wrbench shards build KIND SRC --out {path}"
+        return f"{path}: no such folder; build shards there: wrbench shards build {made} --out {path}"
     if not any(tars_below(path)):
-        return f"{path}: holds no shards; build them in a new folder: wrbench shards build KIND SRC --out {path / 'new'}"
+        return f"{path}: holds no shards; build them in a new folder: wrbench shards build {made} --out {path / 'new'}"
     return f"{path}: the shards have no index; write one with: wrbench shards index {path}"

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from harness import checkpoint, engine, journal, mixing
 from harness.config import Trial
 from harness.dist import Ranks as Place
 from harness.store import Store
+from tests.equivalence import groups
+from tests.equivalence.rank import Failed
 from tests.integration.ranks import Ranks, finish, history
 from tests.integration.test_train import ADAMW, SGDW, small
+from tests.trials import trial
 
 ZERO_1, ZERO_2, ZERO_3, FSDP = (
     {"name": "deepspeed", "zero_stage": 1},
@@ -144,3 +148,34 @@ def test_what_is_measured_is_the_same_where_shares_are_padded(tmp_path: Path, fe
     assert len(measured["ddp"]) >= 3
     assert measured["zero-3"] == pytest.approx(measured["ddp"], rel=1e-4)
     assert measured["fsdp"] == pytest.approx(measured["ddp"], rel=1e-4)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Two steps by DDP and by FSDP; the largest relative difference of a tensor of weights or statistics."""
+
+    name: str
+
+    world = 2
+    needs = ()
+    cost = 1
+    group = ("alike",)
+
+    def execute(self, place: Place, root: Path) -> float:
+        states = []
+        for backend in ({"name": "ddp"}, FSDP):
+            data = {"channels": 3, "mean": [0.5] * 3, "std": [0.3] * 3, "image_size": 32}
+            t = trial(model=self.name, data=data, budget={"epochs": 7, "global_batch_size": 8}, backend=backend, **SGDW)
+            worker = engine.build(t, place)
+            images, labels = torch.randint(0, 255, (4, 3, 32, 32), generator=torch.Generator().manual_seed(place.rank)), torch.arange(4)
+            for step in range(2):
+                worker.train_step(images.to(torch.uint8), labels, lr=1e-3, weight_decay=1e-3, step=step)
+            states.append({name: value.double().clone() for name, value in worker.evaluation_model().state_dict().items()})
+        return max(float((states[0][name] - value).norm() / value.norm().clamp(min=1e-3)) for name, value in states[1].items())
+
+
+def test_networks_that_are_gathered_in_parts_train_as_whole_ones(tmp_path: Path) -> None:
+    """Nested units, and parameters between them. Limit 1e-4: float32 sums in another order, through a few normalised batches."""
+    names = ("vit_s16", "convnext_tiny", "regnet_y_1_6gf", "resnet18")
+    found = groups.execute([Alike(name) for name in names], tmp_path, "cpu", 2, lambda run: None)
+    assert {name: value for name, value in found.items() if isinstance(value, Failed) or not value <= 1e-4} == {}

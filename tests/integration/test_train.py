@@ -77,6 +77,31 @@ def test_a_trial_learns_and_its_record_is_whole(tmp_path: Path, mnist5k: Path) -
     assert train(t, store)["attempts"] == 1, "a finished trial is not trained again"
 
 
+@pytest.mark.parametrize("result", ["kept", "lost"])
+@pytest.mark.parametrize("damage", ["cut", "junk"])
+def test_a_journal_that_was_cut_is_not_believed(tmp_path: Path, few: Path, damage: str, result: str) -> None:
+    """Else the checkpoint at the end would make a result of whatever answer the journal still has."""
+    t = small(few, **ADAMW)
+    calm = train(t, Store(tmp_path / "calm"))
+    train(t, store := Store(tmp_path / "damaged"))
+    folder = store.trial(t.study, t.trial_id)
+    text = folder.journal.read_bytes()
+    folder.journal.write_bytes(text[: len(text) // 2] if damage == "cut" else b"\x80" * len(text))
+    if result == "lost":
+        folder.result.unlink()
+    again = train(t, store)
+    assert (again["state"], again["weights_sha256"], again["attempts"]) == ("finished", calm["weights_sha256"], 2)
+    timed = ("time/", "speed/", "data/wait")
+    assert {k: v for k, v in again["metrics"].items() if not k.startswith(timed)} == {
+        k: v for k, v in calm["metrics"].items() if not k.startswith(timed)
+    }
+    record = journal.fold(journal.read(folder.journal))
+    assert record.starts[-1]["resumed_from"] < 21
+    (first, *_) = [line for line in record.warnings if "is passed over" in line]
+    assert first.startswith("checkpoint step-21-attempt-1 is passed over: journal.jsonl ends at step ")
+    assert folder.state().state == "finished"
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_finalist_keeps_which_images_it_has_right_whatever_the_number_of_ranks(
     tmp_path: Path, few: Path, mnist5k: Path, world: int

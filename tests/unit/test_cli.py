@@ -55,7 +55,10 @@ def study_file(folder: Path, **over: Any) -> Path:
         (["study", "plam", "demo"], ["plam", "plan"]),
         (["shards", "build", "mnist6k", "--out", "x"], ["mnist6k", "mnist5k"]),
         (["shards", "verify", "nowhere"], ["nowhere", "no such folder"]),
+        (["study", "plan", "/dev/null"], ["/dev/null", "is not a regular file"]),
+        (["study", "plan", "configs/study"], ["configs/study", "is not a regular file"]),
         (["train", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["train", "configs/study/demo.yaml"], ["arms: is of a study", "wrbench study submit configs/study/demo.yaml"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(wrbench: Command, arguments: list[str], said: list[str], store: Path) -> None:

@@ -50,6 +50,7 @@ def test_ranks_that_leave_a_node_half_empty_are_refused() -> None:
         ({"signal_lead_seconds": 4000}, "signal_lead_seconds: 4000 must be below time_minutes, 3600 s; e.g. 1800"),
         ({"overrides": {"finalists": {"node": 2}}}, "overrides.finalists.node: unknown key"),
         ({"overrides": {"finalists": {"nodes": 0}}}, "overrides.finalists.nodes: 0 must be greater than or equal to 1"),
+        ({"mem_gb": 1e99}, "mem_gb: 1e+99 must be less than or equal to 100000; e.g. 64"),
         ({"gpu": 8}, "gpu: unknown key"),
     ],
 )

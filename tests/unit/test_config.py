@@ -95,6 +95,10 @@ ARM = {"optimizer": {"name": "sgd"}, "schedule": {"name": "cosine"}}
         ({"arms": {"A": ARM | {"space": {"optimizer.lr": {"log_uniform": [0, 1]}}}}}, "arms.A.space.optimizer.lr.log_uniform.0: 0 must be greater than 0"),
         ({"arms": {}}, "arms: {} "),
         ({"finalists": {"seeds": [0]}}, "finalists.seeds: [0] are search seeds too"),
+        ({"search": {"seeds": 1002}, "finalists": {"seeds": 2}}, "finalists.seeds: [1000, 1001] are search seeds too, so selection would be reported as result; e.g. others, seeds: [1002, 1003]"),
+        ({"search": {"seeds": 2}, "finalists": {"seeds": [1, 2]}}, "finalists.seeds: [1] are search seeds too, so selection would be reported as result; e.g. a count, seeds: 2"),
+        ({"name": "mlflow.db"}, "name: 'mlflow.db' is a file of every store, where a study has its folder; e.g. "),
+        ({"name": "MLflow.db-wal"}, "name: 'MLflow.db-wal' is a file of every store"),
         ({"search": {"points": 0}}, "search.points: 0 must be greater than or equal to 1; e.g. 8"),
         ({"sampler": {"name": "grid"}, "search": {"points": 3}}, "search.points has no meaning for sampler grid"),
     ],
@@ -119,6 +123,10 @@ def test_every_mistake_is_a_line() -> None:
         ("- 1\n", "must be a mapping"),
         ("!!python/object/apply:os.system [echo]\n", "not valid YAML"),
         ("", "must be a mapping"),
+        ("a: &a [*a]\n", "recursive"),
+        ("a: 2026-02-31\n", "not valid YAML: day is out of range"),
+        ("a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}\n", "key 'y' is written twice"),
+        ("a: &a {x: 1}\nb: {<<: *a, <<: *a}\n", "key '<<' is written twice"),
     ],
 )
 def test_unreadable_yaml(tmp_path: Path, text: str, message: str) -> None:
@@ -126,6 +134,22 @@ def test_unreadable_yaml(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(BadInput, match=message) as error:
         read_yaml(tmp_path / "f.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_a_merge_in_yaml(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("a: &a {x: 1, y: 1}\nb: &b\n  <<: *a\n  y: 2\nc: {<<: [*b, *a], z: 3}\n")
+    assert read_yaml(tmp_path / "f.yaml") == {"a": {"x": 1, "y": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1, "y": 2, "z": 3}}
+
+
+def test_a_value_in_a_message_is_cut(tmp_path: Path) -> None:
+    bomb = "\n".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcde", "bcdef", strict=True))
+    (tmp_path / "f.yaml").write_text(f"a: &a [lol]\n{bomb}\nname: *f\n")
+    given = read_yaml(tmp_path / "f.yaml")
+    for over in ({"name": given["name"]}, {"name": "n" * 10_000}, {"n" * 10_000: 1}, {"finalists": {"seeds": [0] * 10_000}}):
+        with pytest.raises(BadInput) as error:
+            parse(Study, {"name": "s", "workload": "mnist5k_cnn", "arms": {"A": ARM}} | over, "s.yaml")
+        assert all(len(line) < 300 for line in str(error.value).splitlines()), str(error.value)[:1000]
+    assert len(config.shown("n" * 10_000)) == len(config.shown(given["name"])) == 100
 
 
 def test_resize_and_crop() -> None:

@@ -86,6 +86,7 @@ def test_a_plan_states_the_arm_that_takes_most() -> None:
     loaded = study.load("configs/study/imagenet_adamwr_vs_sgdwr.yaml")
     found = plan.scale(loaded, planned(loaded, {}), read_cluster("slurm"))
     assert found["bytes_a_rank"] == 16 * 25_557_032, "fp32 weights, gradients and two moments, not sharded"
+    assert found["bytes_sent_a_step"] > found["bytes_exposed_a_step"] == 0, "DDP sends nothing after its backward pass"
     assert found["checkpoint_bytes"] == 12 * 25_557_032
     trials = {p.arm: p.trial for p in planned(loaded, {}) if p.trial is not None}
     assert found["points_a_trial"] == scaling.points(trials["AdamWR"]) > scaling.points(trials["SGD"])

@@ -14,6 +14,7 @@ from harness.data.index import CorruptSample, Index
 from harness.data.remote import Unreachable
 from tests import tars
 from tests.photographs import BATCH, GROWING, RECIPE, RESIZE, SIZE, TRAIN, VAL, a_trial, make, opened, same, steps
+from tests.trials import trial
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +144,12 @@ def test_the_size_that_is_evaluated_counts_for_what_is_decoded_at_start(photogra
             assert next(loader.eval_batches(view, 0, 1, 5))[0].shape[-1] == 38
 
 
-def test_images_of_another_size_are_named_where_nothing_is_resized(photographs):
-    with pytest.raises(BadInput, match=r"workload.data.image_size is 32; to resize images set workload.data.resize, e.g. 36"):
-        steps(a_trial(photographs, {}, data={"resize": None}))
+def test_images_of_another_size_are_named_where_nothing_is_resized(photographs, mnist5k):
+    """Before anything is trained."""
+    with pytest.raises(BadInput, match=r"image_size: 32, but .*: sample \S+ is 82x71; to resize images set workload.data.resize, e.g. 36"):
+        opened(a_trial(photographs, {}, data={"resize": None}))
+    with pytest.raises(BadInput, match=r"image_size: 32, but .*: sample \S+ is 28x28; write 28, or to resize images set"):
+        loader.open_data(trial(data={"path": str(mnist5k), "image_size": 32}).workload.data)
 
 
 def test_a_batch_is_the_readers_own_to_keep(photographs):

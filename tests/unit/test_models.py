@@ -1,5 +1,6 @@
 """The networks: published sizes, shapes, and what a reduced one does in training."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ import yaml
 from torch import nn
 
 from harness import config, models, networks
+from harness.backends.fsdp import units
 from harness.config import BadInput
 from harness.dist import Ranks
 from harness.draws import ShakeShake, StochasticDepth
 from harness.evaluate import evaluate
 from harness.norm import BatchNorm
+from launch import scaling
 from tests.trials import DATA, trial
 
 PUBLISHED = {
@@ -179,3 +182,22 @@ def test_evaluation_goes_past_compilation() -> None:
     model.compile(backend=refuses)
     batch = torch.zeros(3, 1, 28, 28, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
     assert len(evaluate(model, [batch], 3, Ranks(0, 0, 1, torch.device("cpu"))).correct) == 3
+
+
+LARGEST = {"mnist5k_cnn": 0.62, "mnist5k_cnn_bn": 0.62, "mnist5k_mlp": 0.99, "resnet18": 0.41}
+"""share of the parameters in the largest unit of FSDP's, one layer or block; of all other networks at most scaling.UNIT"""
+
+
+@pytest.mark.parametrize("name", models.BUILDERS)
+def test_fsdp_gathers_a_network_block_by_block(name: str) -> None:
+    """Every parameter lies in one unit, or directly in a part that is none, as a transformer's positions do: those are the root's."""
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        net = build(name, 1000, 224) if not name.startswith("mnist") else models.BUILDERS[name](config.Data(**DATA), BatchNorm)
+    found = list(units(net))
+    within = Counter(p for unit in found for p in unit.parameters())
+    whole, sizes = sum(p.numel() for p in net.parameters()), [sum(p.numel() for p in unit.parameters()) for unit in found]
+    assert set(within.values()) == {1}
+    assert min(sizes) > 0
+    assert sum(sizes) >= 0.99 * whole
+    assert max(sizes) <= LARGEST.get(name, scaling.UNIT) * whole
+    assert len(found) <= 30, "a gather each"

@@ -122,6 +122,110 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path: Path, demo: dict[str, Any])
     assert {t.optimizer.lr for t in trials} == {0.001, 0.01, 0.1}
 
 
+@pytest.mark.parametrize("sampler", ["sobol", "halton"])
+def test_the_points_of_an_arm_are_distinct_and_more_of_them_move_none(tmp_path: Path, demo: dict[str, Any], sampler: str) -> None:
+    space = {"optimizer.lr": {"choice": [0.05, 0.1, 0.2]}, "schedule.t_mult": {"choice": [1, 2, 3]}}
+    demo["arms"] = {"A": {"optimizer": {"name": "sgd"}, "schedule": {"name": "cosine_restarts", "t_0": 1}, "space": space}}
+    demo |= {"sampler": {"name": sampler}, "finalists": {"top": 2, "seeds": 2}}
+    file = written(tmp_path, demo)
+    all_of_them = ids(file, "search.points=9")["A"]
+    assert len(set(all_of_them)) == 9
+    for n in range(2, 9):
+        assert ids(file, f"search.points={n}")["A"] == all_of_them[:n]
+    chosen = study.planned(study.load(file, ["search.points=9"]), dict.fromkeys(all_of_them, 0.5))
+    assert len({p.trial.trial_id for p in chosen if p.trial and p.phase == "finalists"}) == 4, "two configurations"
+    with pytest.raises(
+        BadInput, match=r"s\.yaml: search\.points: 10 must be at most the 9 configuration\(s\) .* A; e\.g\. search\.points=9$"
+    ):
+        ids(file, "search.points=10")
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        (["arms.SGDWR.space.optimizer.lr={log_uniform: [1, 1.00002]}", "arms.SGDWR.space.decay.weight_decay={choice: [0]}"],
+         "search.points: 4 must be at most the 3 configuration(s) of the space of arm SGDWR; e.g. search.points=3"),
+        (["arms.SGDWR.space.optimizer.lr={choice: [0.1, 1e-1]}"], "arms.SGDWR.space.optimizer.lr.choice: '1e-1' is there twice; leave one out"),
+        (["arms.SGDWR.space.optimizer.lr_in_buffer={choice: [true, 'on']}", "search.points=8", "arms.SGDWR.space.optimizer.lr={choice: [1]}", "arms.SGDWR.space.decay.weight_decay={choice: [0, 1, 2, 3]}"],
+         "arms.SGDWR: two points of its space are one trial,"),
+        (["sampler.name=grid", "search.points=null", *(f"arms.{arm}.space.{key}.num=2" for arm in ("AdamWR", "SGDWR") for key in ("optimizer.lr", "decay.weight_decay")),
+          "arms.SGDWR.space.optimizer.lr={uniform: [1, 1.00002], num: 9}"], "arms.SGDWR.space.optimizer.lr.num: 9 points, of which 3 differ in six digits; e.g. a wider axis"),
+    ],
+)  # fmt: skip
+def test_points_that_would_coincide_are_refused(over: list[str], message: str) -> None:
+    with pytest.raises(BadInput) as error:
+        study.load(DEMO, over)
+    assert str(error.value).startswith(f"{DEMO}: {message}"), str(error.value)
+
+
+GRID = ["sampler.name=grid", "search.points=null", "arms.AdamWR.space={}", "arms.AdamWR.optimizer.lr=1", "arms.AdamWR.decay.weight_decay=1"]
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ([*GRID, "arms.SGDWR.space.optimizer.lr.num=1000000", "arms.SGDWR.space.decay.weight_decay.num=2"],
+         "search: 2000001 points of 2 arm(s) x 1 seed(s) = 2000001 trials, must be at most 20000; e.g. num: 141"),
+        ([*GRID, "arms.SGDWR.space.optimizer.lr.num=3", "arms.SGDWR.space.decay.weight_decay.num=3", "search.seeds=10000", "finalists=null"],
+         "search: 10 points of 2 arm(s) x 10000 seed(s) = 100000 trials, must be at most 20000; e.g. fewer search.seeds"),
+        (["search.points=100000"], "search: 200000 points of 2 arm(s) x 1 seed(s) = 200000 trials, must be at most 20000; e.g. search.points=10000"),
+        (["finalists={top: 3, seeds: 10000}"], "finalists: 6 configurations x 10000 seed(s) = 60000 trials, must be at most 20000; e.g. finalists.seeds=3333"),
+    ],
+)  # fmt: skip
+def test_more_trials_than_a_plan_bears_are_refused_before_they_are_made(
+    over: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "points", lambda *_: pytest.fail("points are drawn"))
+    with pytest.raises(BadInput) as error:
+        study.load(DEMO, over)
+    assert str(error.value) == f"{DEMO}: {message}"
+
+
+def test_every_axis_of_a_grid_without_num_is_named() -> None:
+    with pytest.raises(BadInput) as error:
+        study.load(DEMO, GRID)
+    missing = "num: missing; sampler grid needs the points along each axis; e.g. 5"
+    assert str(error.value).splitlines() == [f"{DEMO}: arms.SGDWR.space.{key}.{missing}" for key in ("decay.weight_decay", "optimizer.lr")]
+
+
+def test_what_the_study_says_itself_is_not_also_an_override_of_its_workload(tmp_path: Path, demo: dict[str, Any]) -> None:
+    demo |= {"budget": {"epochs": 3}, "evaluation": {"every_epochs": 1}}
+    file = written(tmp_path, demo)
+    twice = r"s\.yaml: workload\.{0}: {1} is set, and {0}: {2} too, which stands before it; set {0}$"
+    with pytest.raises(BadInput, match=twice.format("budget.epochs", 7, 3)):
+        study.load(file, ["workload.budget.epochs=7"])
+    with pytest.raises(BadInput, match=twice.format("evaluation.every_epochs", 2, 1)):
+        study.load(file, ["workload.evaluation={every_epochs: 2}"])
+    assert study.load(file, ["workload.budget.global_batch_size=50"]).workload.budget.global_batch_size == 50
+    with pytest.raises(BadInput, match=twice.format("budget.epochs", 7, 3)):
+        study.load(written(tmp_path, demo | {"workload": {"name": "mnist5k_cnn", "budget": {"epochs": 7}}}))
+    complete = study.load(DEMO).workload.model_dump(mode="json", exclude_unset=True)
+    file = written(tmp_path, demo | {"workload": complete})
+    assert complete["budget"]["epochs"] == 7 and study.load(file).workload.budget.epochs == 3, "its defaults"
+    with pytest.raises(BadInput, match=twice.format("budget.epochs", 9, 3)):
+        study.load(file, ["workload.budget.epochs=9"])
+
+
+def test_an_arm_that_is_not_in_the_file_is_set_whole(tmp_path: Path, demo: dict[str, Any]) -> None:
+    with pytest.raises(BadInput) as error:
+        study.load(DEMO, ["arms.Adamwr.optimizer.eps=1e-7"])
+    line = "--set 'arms.Adamwr.optimizer.eps=1e-7': 'Adamwr' is no arm; did you mean 'AdamWR'? valid: AdamWR, SGDWR; a new one is set whole; e.g."
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+    demo["arms"]["C0.9"] = {"optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"name": "cosine"}}
+    assert ids(DEMO, "arms.New={optimizer: {name: sgd, lr: 0.1}, schedule: {name: cosine}}", "arms.New.optimizer.lr=0.2")["New"]
+    loaded = study.load(written(tmp_path, demo), ["arms.C0.9.optimizer.lr=0.3"])
+    assert loaded.study.arms["C0.9"].optimizer["lr"] == 0.3, "a dot in the name of an arm"
+
+
+def test_a_value_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    deep = "[" * 3000
+    with pytest.raises(BadInput, match=r"^--set 'budget\.epochs=\[+\.\.\.\[+': '\[+\.\.\.\[+' is not a YAML value"):
+        study.load(DEMO, [f"budget.epochs={deep}"])
+    (tmp_path / "s.yaml").write_text(f"name: {deep}")
+    with pytest.raises(BadInput, match=r"s\.yaml: not valid YAML: it is nested too deeply$"):
+        study.load(tmp_path / "s.yaml")
+
+
 def test_finalists_wait_for_the_whole_search_and_are_the_best_by_mean_holdout(tmp_path: Path, demo: dict[str, Any]) -> None:
     demo["search"] = {"points": 3, "seeds": 2}
     demo["finalists"] = {"top": 2, "seeds": 2}
