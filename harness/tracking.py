@@ -87,6 +87,11 @@ def tracking_uri(store: Store) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or _own_uri(store)
 
 
+def is_own(store: Store) -> bool:
+    """Whether MLflow's records are in the store itself."""
+    return tracking_uri(store) == _own_uri(store)
+
+
 def _own_uri(store: Store) -> str:
     return f"sqlite:///{store.root / 'mlflow.db'}"
 
@@ -166,7 +171,7 @@ def open_ui(store: Store, port: int) -> None:
         print(f"MLflow UI: {redacted(uri)}")
         _print_studies(store, re.sub(r"://\S*@", "://", uri))
         return
-    if uri == _own_uri(store) and not (store.root / "mlflow.db").exists() and not any(store.root.glob("*/trials/*")):
+    if is_own(store) and not (store.root / "mlflow.db").exists() and not any(store.root.glob("*/trials/*")):
         raise BadInput(f"--store {store.root}: there is no store here that has trials; e.g. --store ./runs")
     check_store(store)
     try:

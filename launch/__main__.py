@@ -392,7 +392,8 @@ def report(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -
 
 def deliver_and_report(loaded: LoadedStudy, store: Store) -> int:
     """Delivers what MLflow lacks, writes the report, prints where, and has MLflow show it too; the exit status."""
-    store.check_trials(loaded.name)
+    if tracking.is_own(store):  # a server may have runs that this store has not
+        store.check_trials(loaded.name)
     from analysis import report as reports
     from analysis.runs import Unreadable
 
