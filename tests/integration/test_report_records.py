@@ -260,7 +260,7 @@ def test_a_study_file_will_do_and_needs_no_store(tmp_path: Path) -> None:
 
 def test_a_database_that_is_not_mlflows_is_one_clear_line(store: Path) -> None:
     (store / "mlflow.db").write_text("not a database")
-    with pytest.raises(runs.Unreadable, match=r"^MLflow cannot be read: file is not a database$"):
+    with pytest.raises(runs.Unreadable, match=r"^MLflow cannot be read: \S+/mlflow.db: file is not a database; move it away"):
         runs.trials("synthetic", store)
 
 
