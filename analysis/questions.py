@@ -91,7 +91,7 @@ def _tuning(arms: dict[str, Arm], comparison: Comparison, searches: Searches) ->
 def _at_equal_budgets(pair: Pair, searches: Searches) -> Iterator[str]:
     duels = [duel for duel in searches.duels if (duel.a, duel.b) == (pair.a, pair.b) and duel.wins.interval is not None]
     if not duels:
-        yield (f"{pair.a} and {pair.b} cannot be compared at equal tuning budgets: that needs a search of {FEWEST} points or more in both.")
+        yield f"{pair.a} and {pair.b} cannot be compared at equal tuning budgets: that needs a search of {FEWEST} points or more in both."
         return
     first = searches.noninferior.get((pair.a, pair.b))
     margin = duels[0].difference.margin

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from harness import engine, models, numerics, optim, speed
 from harness.config import Trial
-from harness.data import loader, order
+from harness.data import loader, order, workers
 from harness.dist import Ranks, joined
 from harness.schedule import schedule, total_steps
 
@@ -120,7 +120,8 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
                 if not number:
                     waited = 0.0
                 progress(number * len(KINDS) + turn, (rounds + 1) * len(KINDS))
-        reading = _reading(shards, steps, trial, ranks)
+        ready = workers.AHEAD * data.threads if loader.works_on_each(recipe) else loader.AHEAD
+        reading = _reading(shards, ready, steps, trial, ranks)
         cuda = ranks.device.type == "cuda"
         flops = speed.flops_an_image(ours.evaluation_model(), images.shape[1], images.shape[-1]) * len(images)
         return Measured(
@@ -158,9 +159,9 @@ def _seconds(marks: list[float | torch.cuda.Event]) -> list[float]:
     return [mark - first if isinstance(mark, float) else first.elapsed_time(mark) / 1e3 for mark in marks]  # type: ignore[operator, union-attr]
 
 
-def _reading(batches: Iterator[loader.Batch], steps: int, trial: Trial, ranks: Ranks) -> float:
-    """images/s, all ranks together; a batch that was ready before is not counted."""
-    for _ in range(loader.AHEAD + 1):
+def _reading(batches: Iterator[loader.Batch], ready: int, steps: int, trial: Trial, ranks: Ranks) -> float:
+    """images/s, all ranks together, after the batches that may be `ready` before."""
+    for _ in range(ready + 1):
         next(batches)
     ranks.barrier()
     began = time.perf_counter()

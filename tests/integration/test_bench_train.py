@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from harness import bench, engine
 from harness.data import loader
+from harness.dist import Ranks
 from tests.integration.test_train import ADAMW, small
+from tests.trials import trial
 
 
 def test_the_three_take_turns_on_what_they_say(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +47,21 @@ def test_the_three_take_turns_on_what_they_say(few: Path, monkeypatch: pytest.Mo
     assert sum(measured.host_seconds[bench.KINDS[0]]) < (1 - measured.wait_fraction) * sum(measured.step_seconds[bench.KINDS[0]])
     assert measured.read_per_second > 0
     assert measured.peak_bytes is None
+
+
+@pytest.mark.parametrize("ready", [4, 32])
+def test_what_was_read_ahead_is_not_counted(monkeypatch: pytest.MonkeyPatch, ready: int) -> None:
+    """`ready` batches at once and then one every half second: 100 images of each are 200 a second."""
+    now = 0.0
+
+    def read() -> Iterator[loader.Batch]:
+        nonlocal now
+        for number in range(60):
+            now += 0.5 * (number >= ready)
+            yield torch.zeros(0), torch.zeros(0)
+
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert bench._reading(read(), ready, 20, trial(), Ranks(0, 0, 1, torch.device("cpu"))) == 200
 
 
 def test_of_a_device_the_host_s_part_is_told() -> None:
