@@ -399,6 +399,22 @@ def scope(comparison: Comparison) -> str:
     return f"{text}."
 
 
+def published(comparison: Comparison) -> str | None:
+    """The number that was published for the workload beside the lowest error here, and all in which the two runs are known to differ."""
+    reference = comparison.workload.reference
+    if reference is None or reference.top1_error is None:
+        return None
+    errors = {arm.name: arm.error for arm in comparison.arms if math.isfinite(arm.error.value)}
+    here = "Nothing is measured here"
+    if errors:
+        name, error = min(errors.items(), key=lambda item: item[1].value)
+        over = " to ".join(f"{end:.2f}".replace("-", "−") for end in error.interval) if error.interval else "none"
+        among = f", the lowest of {len(errors)} arms" if len(errors) > 1 else ""
+        here = f"Here {name} has {error.value:.2f} % (95 % interval {over}, n = {error.n}{among})"
+    differ = "; ".join(reference.departures) or "nothing that is stated of both"
+    return f"Published: a top-1 error of {reference.top1_error:.2f} % ({reference.source}). {here}. The two differ in {differ}."
+
+
 def signed(points: float) -> str:
     """+0.12, −0.04, and −0.0008 rather than −0.00, which would hide on which side of zero it is."""
     rounded = f"{points:+.2f}" if abs(points) >= 0.005 else f"{points:+.1g}" if abs(points) > 1e-9 else "0.00"

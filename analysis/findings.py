@@ -33,9 +33,9 @@ class Findings:
         return tuple(_missing(self))
 
     def tables(self) -> tuple[Table, ...]:
-        """Arms and differences always, the others where they have rows."""
-        first = tables.arms_table(self.comparison), tables.pairs_table(self.comparison)
+        """Arms always, the others where they have rows."""
         others = (
+            tables.pairs_table(self.comparison),
             tables.budgets_table(self.searches),
             tables.maps_table(self.maps),
             tables.anytime_table(self.anytime),
@@ -43,7 +43,7 @@ class Findings:
             tables.gaps_table(self.gaps),
             tables.costs_table(self.costs),
         )
-        return *first, *(table for table in others if table.rows)
+        return tables.arms_table(self.comparison), *(table for table in others if table.rows)
 
 
 def find(records: Records) -> Findings:

@@ -16,7 +16,7 @@ from great_tables import GT
 from matplotlib.figure import Figure
 
 from analysis import figures
-from analysis.compare import Comparison, Pair, interval, scope, sentence, signed
+from analysis.compare import Comparison, Pair, interval, published, scope, sentence, signed
 from analysis.findings import Findings, find
 from analysis.runs import Records, StudyName, read
 from analysis.tables import Table, finite, numbers, trials_table
@@ -77,7 +77,7 @@ def _rounded(value: Any) -> Any:
 
 def summary(found: Findings, undelivered: Sequence[str] = ()) -> dict[str, Any]:
     """summary.json: numbers in percentage points, null where there is none. `missing` includes what is still pending."""
-    comparison = found.comparison
+    comparison, reference = found.comparison, found.comparison.workload.reference
     return {
         "study": comparison.study,
         "workload": comparison.workload.name,
@@ -118,6 +118,12 @@ def summary(found: Findings, undelivered: Sequence[str] = ()) -> dict[str, Any]:
             }
             for m in found.maps
         },
+        "published": reference
+        and {
+            "error_points": reference.top1_error,
+            "source": reference.source,
+            "departures": list(reference.departures),
+        },
         "not_told": list(found.missing),
         "imagenet": comparison.imagenet,
         "flags": list(comparison.flags),
@@ -154,14 +160,15 @@ def _figures(records: Records, found: Findings) -> dict[str, Figure]:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """What may be said: a sentence a pair by the declared method with the others beside it, the scope, and ImageNet."""
+    """What may be said: a sentence a pair by the declared method with the others beside it, the scope, what was published, and ImageNet."""
     said = []
     for pair in comparison.pairs:
         if pair.declared:
             said.append(sentence(pair, comparison.workload))
         elif pair.difference.interval is not None:
             said.append(_beside(pair))
-    return [*said, scope(comparison), comparison.imagenet]
+    beside = published(comparison)
+    return [*said, scope(comparison), *([beside] if beside else []), comparison.imagenet]
 
 
 def _beside(pair: Pair) -> str:

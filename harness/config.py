@@ -396,12 +396,16 @@ class Reference(Frozen):
     top1_error: Number | None = Field(ge=0, le=100, description="validation error, percent; null: no number is printed", examples=[22.53])
     epochs: Positive | None = Field(None, description="of training behind top1_error; null: those of budget", examples=[112])
     warmup_epochs: Number | None = Field(None, ge=0, description="of the schedule behind it; null: not stated", examples=[5])
+    trained_samples: Whole | None = Field(None, ge=1, description="images trained on behind it; null: those of data", examples=[1_281_167])
     parameters: Whole = Field(ge=1, description="of the network, as published", examples=[25_557_032])
     gpu: str = Field(description="that images_per_second is of", examples=["A100"])
     images_per_second: Positive = Field(
         description="that one GPU trains on, at the workload's image_size: prices a plan until a run is measured, in a study of another "
         "image_size that states none by its pixels",
         examples=[2500],
+    )
+    departures: tuple[str, ...] = Field(
+        (), description="of a study from all this, a line each: found and stored with it, not written by hand"
     )
 
 

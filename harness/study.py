@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from harness.config import (
     Arm,
     BadInput,
     Choice,
+    Data,
+    Reference,
     Study,
     Trial,
     WorkloadFile,
@@ -42,7 +44,7 @@ DEFAULTS = ("budget", "evaluation", "checkpoint")
 
 
 REFERRED: Any = {
-    "data": {"image_size", "resize", "eval_image_size", "train_on", "train_samples", "val_samples", "num_classes"},
+    "data": {"image_size", "resize", "eval_image_size", "val_samples", "num_classes"},
     "model": True,
     "recipe": True,
     "budget": True,
@@ -74,8 +76,6 @@ class LoadedStudy:
     study: Study
     workload: WorkloadFile
     source: str
-    departures: tuple[str, ...] = ()
-    """what the study changes of a workload that has a reference: dotted key, its value, the workload's own"""
 
     @property
     def name(self) -> str:
@@ -102,9 +102,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
     _check_said_once(document, overrides, source)
     study = parse(Study, document, source)
     _check_size(study, source)
-    workload, departures = _workload(study, source)
-    loaded = LoadedStudy(study, workload, source, departures)
+    loaded = LoadedStudy(study, _workload(study, source), source)
     trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
+    loaded = replace(loaded, workload=_departing(loaded.workload, _warmups(trials, loaded.workload.reference)))
     first: dict[str, Trial] = {}
     for trial in trials:
         twin = first.setdefault(trial.trial_id, trial)
@@ -173,7 +173,7 @@ def _check_said_once(document: Mapping[str, Any], overrides: Sequence[str], sour
     workload = document.get("workload")
     if not isinstance(workload, dict):
         return
-    complete, set_keys = {"data", "model"} <= workload.keys(), [override.partition("=")[0] for override in overrides]
+    complete, set_keys = _is_whole(workload), [override.partition("=")[0] for override in overrides]
     for key, (theirs, own) in _both({k: workload[k] for k in DEFAULTS if k in workload}, document):
         there = f"workload.{key}"
         if not complete or any(f"{there}.".startswith(f"{k}.") or k.startswith(f"{there}.") for k in set_keys):
@@ -233,14 +233,13 @@ def _too_few(arm: str, asked: int, there: int) -> str:
     return f"search.points: {asked} must be at most the {there} configuration(s) of the space of arm {arm}; e.g. search.points={there}"
 
 
-def _workload(study: Study, source: str) -> tuple[WorkloadFile, tuple[str, ...]]:
-    """(the study's workload, what it changes of a workload file that has a reference)"""
+def _workload(study: Study, source: str) -> WorkloadFile:
     overrides = dict(study.workload)
     name = overrides.pop("name", None)
     if not isinstance(name, str):
         raise BadInput(f"{source}: workload.name: missing; e.g. mnist5k_cnn")
     where = f"{source} (workload {name})"
-    if {"data", "model"} <= overrides.keys():
+    if _is_whole(study.workload):
         base = document = {"name": name, **overrides}
     else:
         path = find("workload", name)
@@ -255,28 +254,64 @@ def _workload(study: Study, source: str) -> tuple[WorkloadFile, tuple[str, ...]]
         return key if key.partition(".")[0] in DEFAULTS else f"workload.{key}"
 
     workload = parse(WorkloadFile, document, where, as_written)
-    departures: tuple[str, ...] = ()
-    if base.get("reference"):
+    if workload.reference is not None:
         own = parse(WorkloadFile, base, where, as_written)
-        departures, workload = _departures(own, workload), _repriced(own, workload)
+        workload = _departing(_repriced(own, workload), _departures(own, workload))
     evaluation, test = workload.evaluation, workload.evaluation.test
     if test is not None:
         evaluation = evaluation.model_copy(update={"test": test.model_copy(update={"path": _absolute(test.path)})})
     data = workload.data.model_copy(update={"path": _absolute(workload.data.path)})
-    return workload.model_copy(update={"data": data, "evaluation": evaluation}), departures
+    return workload.model_copy(update={"data": data, "evaluation": evaluation})
 
 
-def _departures(base: WorkloadFile, workload: WorkloadFile) -> tuple[str, ...]:
-    """DOTTED KEY: VALUE instead of VALUE, of all that a result hangs on; the published number's epochs where the reference states them."""
-    before, now = (dict(dotted(w.model_dump(mode="json", include=REFERRED))) for w in (base, workload))
-    if base.reference is not None and base.reference.epochs is not None:
-        before["budget.epochs"] = base.reference.epochs
+def _is_whole(workload: Mapping[str, Any]) -> bool:
+    """Whether it is written out, as in a store, and not changes of a workload file.
+
+    With a name that no file has it is, too, where it has data and a model: then what these lack is told, not that there is no file.
+    """
+    data = workload.get("data")
+    if not isinstance(data, Mapping) or "model" not in workload:
+        return False
+    if {key for key, field in Data.model_fields.items() if field.is_required()} <= data.keys():
+        return True
+    try:
+        find("workload", str(workload.get("name")))
+    except BadInput:
+        return True
+    return False
+
+
+def _departures(base: WorkloadFile, workload: WorkloadFile) -> Iterator[str]:
+    """KEY: VALUE instead of VALUE, of all that a result hangs on: from the workload file, or from what was published where that is
+    stated. A study that states another source than the file has that one's recipe, and can depart only from what is stated of it."""
+    reference = workload.reference
+    if reference is None:
+        return
+    before, now = (
+        dict(dotted(w.model_dump(mode="json", include=REFERRED))) | {"images trained on": w.data.trained_samples} for w in (base, workload)
+    )
+    if base.reference is None or reference.source != base.reference.source:
+        before = now.copy()
+    if reference.epochs is not None:
+        before["budget.epochs"] = reference.epochs
+    if reference.trained_samples is not None:
+        before["images trained on"] = reference.trained_samples
 
     def written(value: Any) -> Any:
         return "null" if value is None else value
 
-    changed = [key for key in before | now if now.get(key) != before.get(key)]
-    return tuple(f"{key}: {written(now.get(key))} instead of {written(before.get(key))}" for key in changed)
+    for key in before | now:
+        if now.get(key) != before.get(key):
+            yield f"{key}: {written(now.get(key))} instead of {written(before.get(key))}"
+
+
+def _departing(workload: WorkloadFile, departures: Iterable[str]) -> WorkloadFile:
+    """With them in its reference, where it has one, each once."""
+    reference = workload.reference
+    if reference is None:
+        return workload
+    every = tuple(dict.fromkeys([*reference.departures, *departures]))
+    return workload.model_copy(update={"reference": reference.model_copy(update={"departures": every})})
 
 
 def _repriced(base: WorkloadFile, workload: WorkloadFile) -> WorkloadFile:
@@ -467,11 +502,11 @@ def planned(loaded: LoadedStudy, results: Mapping[str, float | None]) -> list[Pl
     return out
 
 
-def _warmups(trials: Sequence[Trial], published: float | None) -> Iterator[str]:
+def _warmups(trials: Sequence[Trial], reference: Reference | None) -> Iterator[str]:
     """As departures, of the arms' schedules."""
     found = sorted({trial.schedule.warmup_epochs for trial in trials})
-    if published is not None and found not in ([], [published]):
-        yield f"schedule.warmup_epochs: {' and '.join(map(str, found))} instead of {published}"
+    if reference is not None and reference.warmup_epochs is not None and found not in ([], [reference.warmup_epochs]):
+        yield f"schedule.warmup_epochs: {' and '.join(map(str, found))} instead of {reference.warmup_epochs}"
 
 
 def warnings(loaded: LoadedStudy) -> list[str]:
@@ -479,9 +514,10 @@ def warnings(loaded: LoadedStudy) -> list[str]:
     trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
     lines = [line for trial in trials for line in schedule.warnings(trial)]
     reference = loaded.workload.reference
-    if reference is not None and (departures := [*loaded.departures, *_warmups(trials, reference.warmup_epochs)]):
+    if reference is not None and reference.departures:
         error = "no error is printed" if reference.top1_error is None else f"top-1 error {reference.top1_error:g} %"
-        lines.append(f"workload {loaded.workload.name} departs from its reference ({error}), {reference.source}: {', '.join(departures)}")
+        departures = ", ".join(reference.departures)
+        lines.append(f"workload {loaded.workload.name} departs from its reference ({error}), {reference.source}: {departures}")
     data = loaded.workload.data
     if data.holdout_samples == 0 and loaded.study.finalists is not None:
         key, value = ("train_on", "train") if data.train_on != "train" else ("holdout_per_class", "50")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis.compare import Comparison, compare, scope, sentence, signed
+from analysis.compare import Comparison, compare, published, scope, sentence, signed
 from analysis.runs import Records
 from harness import study
-from harness.config import WorkloadFile
+from harness.config import Reference, WorkloadFile
 from harness.store import Store
 from tests.synthetic import STUDY
 
@@ -232,3 +233,27 @@ def test_imagenet_is_measured_only_by_trials_of_imagenet(tmp_path: Path, name: s
     table = pd.DataFrame([*ADAM, *SGD])
     assert (_imagenet(table, workload) == "ImageNet: 6 trials measured.") is measured
     assert _imagenet(table.assign(**{"anytime/val_top1": NAN}), workload) == "ImageNet: not measured."
+
+
+def test_the_published_number_stands_beside_the_lowest_error_here(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, [*ADAM, *SGD])
+    assert published(comparison) is None, "mnist5k has no reference"
+    reference = Reference(
+        source="a paper", top1_error=4.0, parameters=1, gpu="A100", images_per_second=1, departures=("budget.epochs: 3 instead of 9",)
+    )
+
+    def beside(**changes: object) -> str | None:
+        workload = comparison.workload.model_copy(update={"reference": reference.model_copy(update=changes)})
+        return published(replace(comparison, workload=workload))
+
+    lowest = min(comparison.arms, key=lambda arm: arm.error.value)
+    said = beside()
+    assert said is not None and said.startswith(
+        f"Published: a top-1 error of 4.00 % (a paper). Here {lowest.name} has {lowest.error.value:.2f} %"
+    )
+    assert said.endswith("n = 3, the lowest of 2 arms). The two differ in budget.epochs: 3 instead of 9.")
+    assert "differ in nothing that is stated of both" in str(beside(departures=()))
+    assert beside(top1_error=None) is None
+    unmeasured = replace(comparison, arms=tuple(replace(arm, error=replace(arm.error, value=NAN)) for arm in comparison.arms))
+    workload = comparison.workload.model_copy(update={"reference": reference})
+    assert "Nothing is measured here." in str(published(replace(unmeasured, workload=workload)))

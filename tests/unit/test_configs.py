@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness import schedule, study
+from harness import config, schedule, study
 from harness.config import WorkloadFile, read_cluster
 from harness.study import planned
 from launch import array, plan, scaling
@@ -116,7 +116,10 @@ def test_one_of_each_kind_is_planned_and_dry_run(name: str, wrbench: Command, tm
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-@pytest.mark.parametrize("path", [p for p in STUDIES if p.stem.startswith("imagenet")], ids=lambda p: p.stem)
+QUESTIONS = [p for p in STUDIES if p.stem.startswith("imagenet") and not p.stem.endswith("_boxes")]
+
+
+@pytest.mark.parametrize("path", QUESTIONS, ids=names(QUESTIONS))
 def test_restarts_and_decoupling_are_not_confounded(path: Path) -> None:
     loaded = study.load(path)
     trials = {p.arm: p.trial for p in reversed(planned(loaded, {})) if p.trial is not None}
@@ -137,6 +140,29 @@ def test_restarts_and_decoupling_are_not_confounded(path: Path) -> None:
     assert len(set(points.values())) == 1, "equal budgets"
 
 
+BOXED = [p for p in STUDIES if "boxes:" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", BOXED, ids=names(BOXED))
+def test_a_broad_box_holds_the_narrow_one(path: Path) -> None:
+    loaded = study.load(path)
+    plain = {name: arm for name, arm in loaded.study.arms.items() if name.endswith(".narrow")}
+    assert len(plain) == 3
+    for name, narrow in plain.items():
+        broad = loaded.study.arms[name.replace(".narrow", ".broad")]
+        assert narrow.space.keys() == broad.space.keys()
+        for key, axis in narrow.space.items():
+            (low, high), (lowest, highest) = axis.log_uniform, broad.space[key].log_uniform
+            assert lowest <= low and high <= highest and (lowest, highest) != (low, high), key
+
+
+def test_the_boxes_of_18_epochs_are_about_those_of_the_study_without() -> None:
+    plain, boxed = (study.load(f"configs/study/imagenet_18_epochs{name}.yaml") for name in ("", "_boxes"))
+    for name in ("AdamWR", "AdamWR-eps", "SGDWR"):
+        assert boxed.study.arms[f"{name}.narrow"].space == plain.study.arms[name].space
+    assert boxed.workload == plain.workload
+
+
 def test_a_departure_from_the_reference_is_told() -> None:
     path = Path("configs/study/imagenet_18_epochs_paper.yaml")
     told = [line for line in study.warnings(study.load(path)) if "departs from its reference" in line]
@@ -152,17 +178,44 @@ def test_a_departure_from_the_reference_is_told() -> None:
 @pytest.mark.parametrize(
     ("name", "departs"),
     [  # nothing but what the published numbers had otherwise
-        ("imagenet_adamwr_vs_sgdwr", "budget.epochs: 90.0 instead of 112.0"),
-        ("imagenet_vit_s16_adamwr_vs_sgdwr", "schedule.warmup_epochs: 2.0 instead of 8.0"),
-        ("paper_figure1", "budget.epochs: 100.0 instead of 1800.0"),
-        ("paper_figure3", None),
-        ("paper_figure4_imagenet32", None),
+        ("imagenet_adamwr_vs_sgdwr", "budget.epochs: 90.0 instead of 112.0, images trained on: 1231167 instead of 1281167"),
+        (
+            "imagenet_vit_s16_adamwr_vs_sgdwr",
+            "images trained on: 1231167 instead of 1268355, schedule.warmup_epochs: 2.0 instead of 8.0",
+        ),
+        ("paper_figure1", "budget.epochs: 100.0 instead of 1800.0, images trained on: 45000 instead of 50000"),
+        ("paper_figure3", "images trained on: 45000 instead of 50000"),
+        ("paper_figure4_imagenet32", "images trained on: 1231167 instead of 1281167"),
+        ("reference_imagenet_vit_s16", "images trained on: 1268167 instead of 1268355"),  # the same share of each class
+        ("reference_imagenet_resnet50", None),
+        ("reference_imagenet_regnety_1_6gf", None),
+        ("reference_imagenet32_wrn28_10", None),
+        ("reference_cifar10_wrn28_10", None),
     ],
 )
 def test_a_departure_from_the_published_number_is_told(name: str, departs: str | None) -> None:
     told = [line for line in study.warnings(study.load(f"configs/study/{name}.yaml")) if "departs from its reference" in line]
     assert len(told) == (departs is not None)
     assert all(line.endswith(f": {departs}") for line in told)
+
+
+def test_a_stored_study_tells_the_same_departures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it departed from is no longer at hand there."""
+    loaded = study.load("configs/study/imagenet_18_epochs_paper.yaml")
+    (tmp_path / "study.yaml").write_text(loaded.text())
+    monkeypatch.setattr(config, "CONFIGS", tmp_path / "nowhere")
+    again = study.load(tmp_path / "study.yaml")
+    assert again.workload.reference == loaded.workload.reference
+    assert loaded.workload.reference is not None and len(loaded.workload.reference.departures) == 5
+
+
+def test_a_recipe_of_another_source_departs_from_its_own_number_alone() -> None:
+    """It is not that of the workload file; but its budget and its images are those that the number was published for, or they are told."""
+    told = [
+        line for line in study.warnings(study.load("configs/study/reference_imagenet_resnet50.yaml", ["budget.epochs=30"]))
+        if "departs" in line
+    ]  # fmt: skip
+    assert len(told) == 1 and told[0].endswith("batches of 256): budget.epochs: 30.0 instead of 90.0")
 
 
 @pytest.mark.parametrize("path", [p for p in WORKLOADS if p.stem.startswith(("cifar10", "imagenet32"))], ids=lambda p: p.stem)

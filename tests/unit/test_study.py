@@ -313,6 +313,20 @@ def test_the_stored_study_says_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     )
 
 
+def test_data_and_model_may_both_be_changed_of_a_workload_file() -> None:
+    loaded = study.load(DEMO, ["workload.model.name=mnist5k_mlp", "workload.data.holdout_per_class=20"])
+    first = study.planned(loaded, {})[0].trial
+    assert first is not None
+    assert (first.workload.model.name, first.workload.data.holdout_per_class) == ("mnist5k_mlp", 20)
+    assert (first.workload.data.name, first.workload.recipe.translate) == ("mnist5k", 2), "the rest is the file's"
+
+
+def test_a_workload_of_no_file_is_told_what_it_lacks(tmp_path: Path, demo: dict[str, Any]) -> None:
+    workload = {"name": "mine", "model": {"name": "mnist5k_mlp"}, "data": {"name": "mine"}}
+    with pytest.raises(BadInput, match=r"\(workload mine\): workload.data.path: missing"):
+        study.load(written(tmp_path, demo | {"workload": workload}))
+
+
 def test_a_budget_that_cuts_a_cycle_is_warned_of() -> None:
     assert study.warnings(study.load(DEMO)) == []
     lines = study.warnings(study.load(DEMO, ["budget.epochs=5"]))
