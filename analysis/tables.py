@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.compare import ArmResult, Comparison, interval, signed
-from analysis.estimate import Estimate, Interval
+from analysis.estimate import Difference, Estimate, Interval
 from analysis.maps import Map
 from analysis.runs import Records
 from analysis.searches import Searches
@@ -210,7 +210,7 @@ def maps_table(maps: Iterable[Map]) -> Table:
 def anytime_table(course: Iterable[Anytime]) -> Table:
     rows = tuple(
         (
-            one.arm, f"{epoch:g}", str(estimate.n), f"{estimate.value:.2f}" if math.isfinite(estimate.value) else "—",
+            one.arm, f"{epoch:g}", str(estimate.n), _points_or(estimate.value),
             _range(estimate.interval, ".2f"), _with_interval(one.area) if place == 0 else "",
         )
         for one in course
@@ -244,7 +244,8 @@ def gaps_table(gaps: Iterable[Gap]) -> Table:
         (
             f"{one.a} − {one.b}", one.split, f"{one.difference.n_a}, {one.difference.n_b}",
             signed(one.difference.value) if math.isfinite(one.difference.value) else "—",
-            interval(one.difference.interval) if one.difference.interval else "none", one.difference.verdict, one.difference.note or "—",
+            interval(one.difference.interval) if one.difference.interval else "none", one.difference.verdict,
+            one.difference.note or _widened(one.difference) or "—",
         )
         for one in gaps
     )  # fmt: skip
@@ -253,6 +254,13 @@ def gaps_table(gaps: Iterable[Gap]) -> Table:
         "losses that both arms reach: below zero the first arm generalises better where both optimise equally well."
     )
     return Table("gap", "Generalisation gap", note, ("Arms", "Error of", "n", "Points", "95 % interval", "Verdict", "Note"), rows, 2)
+
+
+def _widened(d: Difference) -> str:
+    """Where an interval excludes zero: the one that the verdict goes by, if it is another."""
+    if d.family == 1 or d.interval is None or d.simultaneous is None or d.interval[0] <= 0 <= d.interval[1]:
+        return ""
+    return f"{interval(d.simultaneous)} together with the other {d.family - 1}, by which the verdict goes"
 
 
 def costs_table(costs: Iterable[Cost]) -> Table:
