@@ -71,7 +71,7 @@ def pairs_table(comparison: Comparison) -> Table:
             interval(pair.difference.interval) if pair.difference.interval else "none",
             interval(pair.difference.interval90) if pair.difference.interval90 else "none",
             *([interval(pair.difference.simultaneous) if pair.difference.simultaneous else "none"] if together > 1 else []),
-            f"{pair.difference.correlation:.2f}".replace("-", "−") if pair.difference.correlation is not None else "—",
+            f"{pair.difference.correlation:z.2f}".replace("-", "−") if pair.difference.correlation is not None else "—",
         )
         for pair in comparison.pairs
     )
@@ -150,7 +150,7 @@ def finite(value: float) -> float | None:
 def budgets_table(searches: Searches) -> Table:
     """Of every comparison, at budgets that double."""
     rows = []
-    for (a, b), first in searches.noninferior.items():
+    for a, b in searches.noninferior:
         reach = {arm: {p.budget: p for p in searches.curves[arm]} for arm in (a, b)}
         for duel in searches.duels:
             if (duel.a, duel.b) == (a, b) and duel.budget & (duel.budget - 1) == 0:
@@ -161,7 +161,7 @@ def budgets_table(searches: Searches) -> Table:
                     if duel.wins.interval
                     else f"{duel.wins.value:.2f} (none)"
                 )
-                shown = str(first or "not shown")
+                shown = searches.shown(a, b) or "not shown"
                 rows.append((f"{a} − {b}", str(duel.budget), *sides, best, wins, duel.difference.verdict, shown))
     note = (
         "Holdout error, in %, that half of all searches of a budget end below, with the 95 % interval that two of the points give it; "
@@ -180,7 +180,8 @@ def maps_table(maps: Iterable[Map]) -> Table:
         best = f"{10**d.best:.2g} ({10 ** d.best_interval[0]:.2g} to {10 ** d.best_interval[1]:.2g})" if d.best_interval else "no basin"
         rows.append(
             (
-                m.arm, m.decay_name, f"{d.share:.2f}".replace("-", "−") if math.isfinite(d.share) else "—", _range(d.share_interval, ".2f"),
+                m.arm, m.decay_name,
+                f"{d.share:z.2f}".replace("-", "−") if math.isfinite(d.share) else "—", _range(d.share_interval, ".2f"),
                 signed(d.slope) if math.isfinite(d.slope) else "—", interval(d.slope_interval) if d.slope_interval else "none",
                 best, f"{d.cells} of {m.errors.shape[0] * m.errors.shape[1]}", str(d.n), str(d.diverged), d.note or "—",
             )

@@ -12,8 +12,11 @@ import pytest
 import yaml
 
 from analysis import tables
-from analysis.compare import HOLDOUT, VALIDATION, compare
+from analysis.compare import HOLDOUT, VALIDATION, Pair, compare
+from analysis.estimate import beats, tuned_difference
+from analysis.questions import _at_equal_budgets, answers
 from analysis.runs import Records
+from analysis.searches import Duel, Searches, searches
 from analysis.training import LossPoints, anytime, catching, gaps
 from harness import schedule, study
 from harness.store import Store
@@ -77,3 +80,37 @@ def test_gaps_are_judged_together_as_the_comparisons_are(tmp_path: Path) -> None
     assert len(together) < len(alone)
     notes = [row[-1] for row in tables.gaps_table(found).rows]
     assert sum("together with the other 5, by which the verdict goes" in note for note in notes) == len(alone)
+
+
+def test_a_pair_that_differs_in_schedule_too_is_not_passed_off_as_the_effect_of_one_thing(tmp_path: Path) -> None:
+    adam, sgd = STUDY["arms"]["AdamWR"], STUDY["arms"]["SGDWR"]
+    arms = {"AdamWR": adam, "Adam": adam | {"decay": {"name": "l2"}, "schedule": {"name": "cosine"}}, "SGDWR": sgd}
+    arms |= {"SGDW": sgd | {"schedule": {"name": "cosine"}}, "SGDR": sgd | {"decay": {"name": "l2"}}}
+    curves = {"AdamWR": [[9.0, 5.0, 4.0]] * 2, "Adam": [[4.0]] * 2, "SGDWR": [[9.0, 5.0, 4.1]] * 2}
+    curves |= {"SGDW": [[4.0]] * 2, "SGDR": [[9.0, 6.0, 5.0]] * 2}
+    for name in arms:
+        arms[name] = arms[name] | {"space": {"optimizer.lr": {"log_uniform": [0.01, 0.1]}}}
+        arms[name]["decay"] = arms[name]["decay"] | {"weight_decay": 0.01}
+    records = made(tmp_path, curves, arms=arms)
+    found = compare(records)
+    pays, behind, _ = answers(records, found, searches(records, found), ())
+    differ = "differ in their schedules too"
+    assert pays.text.count(differ) == 2  # AdamWR and Adam, SGDW and SGDR; not SGDWR and SGDR
+    assert "AdamWR and Adam cannot be compared" in pays.text
+    assert "(cosine_restarts and cosine), so this is not the effect of the decay alone." in pays.text
+    assert behind.text.count(differ) == 1 and "the effect of the optimizer alone" in behind.text
+
+
+def test_what_the_points_do_not_reach_is_not_called_shown() -> None:
+    """Steady a beats broad b for few trials and loses to it for many, of which sixteen points cannot tell."""
+    rng = np.random.default_rng(2)
+    a, b = 20.8 + 0.3 * rng.random(16), 20 + rng.chisquare(3, 16)
+    duels = tuple(Duel("a", "b", k, beats(a, b, k), tuned_difference(a, b, k)) for k in range(1, 9))
+    found = Searches({}, {}, duels, {("a", "b"): 1}, ())
+    assert duels[-1].wins.value < 0.5 and duels[-1].difference.simultaneous90 is None
+    assert found.shown("a", "b") == "1 to 3"
+    assert Searches({}, {}, duels, {("a", "b"): 3}, ()).shown("a", "b") == "3"
+    assert Searches({}, {}, duels, {("a", "b"): None}, ()).shown("a", "b") is None
+    pair = Pair("a", "b", duels[0].difference, declared=True)
+    said = " ".join(_at_equal_budgets(pair, found))
+    assert said.endswith("that a is at most 0.2 points behind, by holdout error, is shown for tuning with 1 to 3 trials.")
