@@ -14,7 +14,8 @@ import yaml
 from analysis import tables
 from analysis.compare import HOLDOUT, VALIDATION, Pair, compare
 from analysis.estimate import beats, tuned_difference
-from analysis.questions import _at_equal_budgets, answers
+from analysis.questions import _at_equal_budgets, _percent, answers
+from analysis.report import escape_latex
 from analysis.runs import Records
 from analysis.searches import Duel, Searches, searches
 from analysis.training import LossPoints, anytime, catching, gaps
@@ -114,3 +115,9 @@ def test_what_the_points_do_not_reach_is_not_called_shown() -> None:
     pair = Pair("a", "b", duels[0].difference, declared=True)
     said = " ".join(_at_equal_budgets(pair, found))
     assert said.endswith("that a is at most 0.2 points behind, by holdout error, is shown for tuning with 1 to 3 trials.")
+
+
+def test_a_share_just_below_zero_is_no_negative_zero_and_latex_knows_every_character() -> None:
+    assert [_percent(share) for share in (-0.004, -0.03, 0.204)] == ["0", "−3", "20"]
+    # pdflatex stops at a Greek letter: "Unicode character not set up for use with LaTeX"
+    assert escape_latex("λ_norm, λ / α; seeds × images") == r"$\lambda$\_norm, $\lambda$ / $\alpha$; seeds $\times$ images"
