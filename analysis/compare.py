@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import numpy as np
@@ -419,7 +420,9 @@ def scope(comparison: Comparison) -> str:
 
 def signed(points: float) -> str:
     """+0.12, −0.04, and −0.0008 rather than −0.00, which would hide on which side of zero it is."""
-    rounded = f"{points:+.2f}" if abs(points) >= 0.005 else f"{points:+.1g}" if abs(points) > 1e-9 else "0.00"
+    # half up, of what is not rounding: means of eight seeds often end in a 5, and one mean by two methods is to read the same
+    hundredths = Decimal(f"{points:.9f}").quantize(Decimal("0.01"), ROUND_HALF_UP)
+    rounded = f"{hundredths:+}" if abs(points) >= 0.005 else f"{points:+.1g}" if abs(points) > 1e-9 else "0.00"
     return rounded.replace("-", "−")
 
 

@@ -197,7 +197,17 @@ def test_the_sampling_error_of_the_split_stands_beside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(-0.574, "−0.57"), (0.2, "+0.20"), (-0.0004, "−0.0004"), (1e-15, "0.00"), (0.0, "0.00"), (-12.0, "−12.00")]
+    ("value", "text"),
+    [
+        (-0.574, "−0.57"),
+        (0.2, "+0.20"),
+        (-0.0004, "−0.0004"),
+        (1e-15, "0.00"),
+        (0.0, "0.00"),
+        (-12.0, "−12.00"),
+        (0.275 - 1e-15, "+0.28"),
+        (1.025, "+1.03"),
+    ],
 )
 def test_a_small_difference_keeps_its_sign(value: float, text: str) -> None:
     assert signed(value) == text
