@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from analysis.estimate import Difference, Estimate, Method, difference, differen
 from analysis.runs import Records
 from harness.config import Arm, BadInput, Choice, LogUniform, Trial, WorkloadFile
 from harness.correct import correct
-from harness.store import SEARCHED_BLIND
+from harness.store import ENDED, SEARCHED_BLIND
 from harness.study import LoadedStudy, axis_values
 
 HOLDOUT, VALIDATION = "anytime/holdout_top1", "anytime/val_top1"
@@ -57,6 +58,8 @@ class ArmResult:
     diverged: int
     missing: int
     pending: int
+    unended: int
+    """the pending ones, and those that were interrupted or cancelled, which the next submission goes on with"""
     phase: str
     """whose trials the estimate is made of: finalists, or search in a study without them"""
     searched: int
@@ -88,6 +91,8 @@ class Pair:
     difference: Difference
     declared: bool
     """by the study's method: the one a verdict is taken from"""
+    unended: int = 0
+    """trials of both arms that wait, run or were interrupted: until they end the verdict is not the study's"""
 
 
 @dataclass(frozen=True)
@@ -123,13 +128,13 @@ def compare(records: Records) -> Comparison:
 
 
 def _pairs(a: ArmResult, b: ArmResult, family: int, records: Records) -> Iterator[Pair]:
-    declared = records.study.study.analysis
+    declared, unended = records.study.study.analysis, a.unended + b.unended
     for method in sorted(METHODS, key=lambda method: method != declared.method):
         found = difference(a.errors, b.errors, method, margin=declared.margin, family=family)
-        yield Pair(a.name, b.name, found, method == declared.method)
+        yield Pair(a.name, b.name, found, method == declared.method, unended)
     of_a, of_b = _bits(a, records), _bits(b, records)
     if of_a is not None and of_b is not None and of_a.shape[1] == of_b.shape[1]:
-        yield Pair(a.name, b.name, difference_over_images(of_a, of_b, margin=declared.margin, family=family), False)
+        yield Pair(a.name, b.name, difference_over_images(of_a, of_b, margin=declared.margin, family=family), False, unended)
 
 
 def _bits(arm: ArmResult, records: Records) -> np.ndarray | None:
@@ -170,7 +175,12 @@ def _arm(name: str, rows: pd.DataFrame, phase: str, records: Records) -> ArmResu
     finished = (rows.state == "finished") & answer.map(math.isfinite)
     missing = ~(failed | diverged | finished)
     in_phase = rows[rows.phase == phase]
-    best, candidates, notes = _best(in_phase)
+    search_ended = rows.state[rows.phase == "search"].isin(ENDED)
+    never = rows.trial_id.isna() & bool(len(search_ended) and search_ended.all())  # finalists that an ended search has not named
+    waits = ~rows.state.isin(ENDED) & ~never
+    best, candidates, notes = _best(in_phase[~never[in_phase.index]], phase)
+    if never.any():
+        notes.append(f"{never.sum()} trials of finalists will never be: too few configurations of the search finished")
     chosen = in_phase[in_phase.config == best] if best else in_phase.iloc[:0]
     errors, holdout = errors_by_seed(chosen), errors_by_seed(chosen, HOLDOUT)
     error = mean(errors)
@@ -186,7 +196,8 @@ def _arm(name: str, rows: pd.DataFrame, phase: str, records: Records) -> ArmResu
         failed=int(failed.sum()),
         diverged=int(diverged.sum()),
         missing=int(missing.sum()),
-        pending=int(rows.state.isin(PENDING).sum()),
+        pending=int((rows.state.isin(PENDING) & waits).sum()),
+        unended=int(waits.sum()),
         phase=phase,
         searched=int(rows[rows.phase == "search"].config.nunique()),
         candidates=candidates,
@@ -203,7 +214,7 @@ def _arm(name: str, rows: pd.DataFrame, phase: str, records: Records) -> ArmResu
     )
 
 
-def _best(rows: pd.DataFrame) -> tuple[str | None, int, list[str]]:
+def _best(rows: pd.DataFrame, phase: str) -> tuple[str | None, int, list[str]]:
     """(configuration with the lowest mean holdout error over its seeds, number of configurations, what hinders the choice).
 
     A seed that diverged makes the mean infinite, so it ranks behind every configuration without; among such, fewer
@@ -212,11 +223,7 @@ def _best(rows: pd.DataFrame) -> tuple[str | None, int, list[str]]:
     groups = {str(config): group for config, group in rows.dropna(subset="config").groupby("config", sort=False)}
     ended = {config: group for config, group in groups.items() if (group.state == "finished").any()}
     if not ended:
-        why = (
-            "the search has not decided the finalists yet"
-            if rows.trial_id.isna().any()
-            else f"no trial of phase {rows.phase.max()} finished"
-        )
+        why = "the search has not decided the finalists yet" if rows.trial_id.isna().any() else f"no trial of phase {phase} finished"
         return None, len(groups), [why]
     if len(groups) == 1:
         return next(iter(ended)), 1, []
@@ -361,7 +368,17 @@ def _imagenet(table: pd.DataFrame, workload: WorkloadFile) -> str:
 
 
 def sentence(pair: Pair, workload: WorkloadFile) -> str:
-    """What the difference allows to say about `a` against `b` on this workload."""
+    """What the difference allows to say about `a` against `b` on this workload, and whether that may still change."""
+    if not pair.unended:
+        return _sentence(pair, workload)
+    are = "trials of the two arms have" if pair.unended > 1 else "trial of the two arms has"
+    return (
+        f"{_sentence(pair, workload)} Not final: {pair.unended} {are} not ended, and whoever reads verdicts as seeds come in and stops at "
+        "a welcome one is wrong more often than the intervals say."
+    )
+
+
+def _sentence(pair: Pair, workload: WorkloadFile) -> str:
     d, a, b = pair.difference, pair.a, pair.b
     where = f"On {workload.name} ({workload.data.val_samples:,} validation images)"
     if d.interval is None or d.interval90 is None:
@@ -376,7 +393,9 @@ def sentence(pair: Pair, workload: WorkloadFile) -> str:
     if d.verdict == "worse":
         return f"{where}, {a} ended with a higher validation error than {b}: {found}."
     if d.verdict == "equivalent":
-        within = interval(d.simultaneous90 or d.interval90)
+        within = interval(d.interval90)
+        if d.family > 1 and d.simultaneous90 is not None:
+            within += f", and {interval(d.simultaneous90)} together with the other {d.family - 1}"
         return f"{where}, {a} and {b} are equivalent within ±{d.margin:g} points: {found}; the 90 % interval is {within}."
     widest = max(map(abs, d.simultaneous or d.interval))
     undecided = f"it is undecided whether {a} or {b} has the lower validation error"
@@ -417,7 +436,9 @@ def published(comparison: Comparison) -> str | None:
 
 def signed(points: float) -> str:
     """+0.12, −0.04, and −0.0008 rather than −0.00, which would hide on which side of zero it is."""
-    rounded = f"{points:+.2f}" if abs(points) >= 0.005 else f"{points:+.1g}" if abs(points) > 1e-9 else "0.00"
+    # half up, of what is not rounding: means of eight seeds often end in a 5, and one mean by two methods is to read the same
+    hundredths = Decimal(f"{points:.9f}").quantize(Decimal("0.01"), ROUND_HALF_UP)
+    rounded = f"{hundredths:+}" if abs(points) >= 0.005 else f"{points:+.1g}" if abs(points) > 1e-9 else "0.00"
     return rounded.replace("-", "−")
 
 

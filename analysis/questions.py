@@ -22,19 +22,22 @@ class Answer:
 def answers(records: Records, comparison: Comparison, searches: Searches, maps: Sequence[Map]) -> tuple[Answer, ...]:
     arms = records.study.study.arms
     return (
-        Answer("Does decoupled weight decay pay?", " ".join(_decoupling(arms, comparison, maps))),
-        Answer("Is Adam with decoupled decay behind SGD with it?", " ".join(_behind(arms, comparison))),
+        Answer("Does decoupled weight decay pay?", " ".join(_decoupling(records, comparison, maps))),
+        Answer("Is Adam with decoupled decay behind SGD with it?", " ".join(_behind(records, comparison))),
         Answer("Is what remains only insufficient tuning?", " ".join(_tuning(arms, comparison, searches))),
     )
 
 
-def _decoupling(arms: dict[str, Arm], comparison: Comparison, maps: Sequence[Map]) -> Iterator[str]:
+def _decoupling(records: Records, comparison: Comparison, maps: Sequence[Map]) -> Iterator[str]:
+    arms = records.study.study.arms
     pairs = [
         pair
         for pair in comparison.judged
         if _optimizer(arms, pair.a) == _optimizer(arms, pair.b) and {_decay(arms, pair.a), _decay(arms, pair.b)} == {"decoupled", "l2"}
     ]
-    yield from (sentence(pair, comparison.workload) for pair in pairs)
+    for pair in pairs:
+        yield sentence(pair, comparison.workload)
+        yield from _other_schedule(records, pair, "decay")
     for m in maps:
         if m.index.share_interval is not None:
             low, high = (100 * end for end in m.index.share_interval)
@@ -63,14 +66,23 @@ def _decoupling(arms: dict[str, Arm], comparison: Comparison, maps: Sequence[Map
 
 def _percent(share: float) -> str:
     """An unbiased estimate of a share that is near zero may be below it."""
-    return f"{100 * share:.0f}".replace("-", "−")
+    return f"{100 * share:z.0f}".replace("-", "−")
 
 
-def _behind(arms: dict[str, Arm], comparison: Comparison) -> Iterator[str]:
-    pairs = list(_adam_against_sgd(arms, comparison))
-    yield from (sentence(pair, comparison.workload) for pair in pairs)
+def _behind(records: Records, comparison: Comparison) -> Iterator[str]:
+    pairs = list(_adam_against_sgd(records.study.study.arms, comparison))
+    for pair in pairs:
+        yield sentence(pair, comparison.workload)
+        yield from _other_schedule(records, pair, "optimizer")
     if not pairs:
         yield "Not answered by this study: it compares no Adam arm with decoupled decay to an SGD arm with it."
+
+
+def _other_schedule(records: Records, pair: Pair, what: str) -> Iterator[str]:
+    """Without `comparisons` a study compares every pair of its arms, also those that differ in more than the question asks."""
+    a, b = (next(trial.schedule for trial in records.configs.values() if trial.arm == name) for name in (pair.a, pair.b))
+    if a != b:
+        yield f"These two differ in their schedules too ({a.name} and {b.name}), so this is not the effect of the {what} alone."
 
 
 def _tuning(arms: dict[str, Arm], comparison: Comparison, searches: Searches) -> Iterator[str]:
@@ -93,9 +105,8 @@ def _at_equal_budgets(pair: Pair, searches: Searches) -> Iterator[str]:
     if not duels:
         yield f"{pair.a} and {pair.b} cannot be compared at equal tuning budgets: that needs a search of {FEWEST} points or more in both."
         return
-    first = searches.noninferior.get((pair.a, pair.b))
-    margin = duels[0].difference.margin
-    shown = f"is shown from {first} trials on" if first else "is shown at no budget"
+    margin, budgets = duels[0].difference.margin, searches.shown(pair.a, pair.b)
+    shown = f"is shown for tuning with {budgets} trial{'s' * (budgets != '1')}" if budgets else "is shown at no budget"
     yield f"Tuned with equal budgets, {_wins(duels[-1])}; that {pair.a} is at most {margin:g} points behind, by holdout error, {shown}."
 
 

@@ -173,7 +173,7 @@ def verdicts(comparison: Comparison) -> list[str]:
 
 def _beside(pair: Pair) -> str:
     d = pair.difference
-    correlation = f", seed correlation {d.correlation:.2f}".replace("-", "−") if d.correlation is not None else ""
+    correlation = f", seed correlation {d.correlation:z.2f}".replace("-", "−") if d.correlation is not None else ""
     found = interval(d.interval) if d.interval else "none"
     how = {
         "welch": f"By Welch's method, n = {d.n_a} and {d.n_b} seeds",
@@ -232,7 +232,7 @@ def _markdown(found: Findings, tables: Sequence[Table]) -> str:
 TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "−": "$-$", "±": r"$\pm$", "—": "---", "–": "--",
+    "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "—": "---", "–": "--", "α": r"$\alpha$", "λ": r"$\lambda$",
 }  # fmt: skip
 
 

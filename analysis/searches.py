@@ -55,6 +55,12 @@ class Searches:
     nested: tuple[tuple[str, str], ...]
     """(wider, narrower): the same arm, the narrower holding at a fixed value what the wider also searches"""
 
+    def shown(self, a: str, b: str) -> str | None:
+        """The budgets for which a is shown non-inferior to b: nothing is shown beyond those that the points give an interval."""
+        first = self.noninferior.get((a, b))
+        last = max((d.budget for d in self.duels if (d.a, d.b) == (a, b) and d.difference.simultaneous90 is not None), default=0)
+        return None if first is None else f"{first} to {last}" if first < last else str(first)
+
 
 def searches(records: Records, comparison: Comparison) -> Searches:
     arms, margin = records.study.study.arms, records.study.study.analysis.margin

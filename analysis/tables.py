@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.compare import ArmResult, Comparison, interval, signed
-from analysis.estimate import Estimate, Interval
+from analysis.estimate import Difference, Estimate, Interval
 from analysis.maps import Map
 from analysis.runs import Records
 from analysis.searches import Searches
@@ -71,7 +71,7 @@ def pairs_table(comparison: Comparison) -> Table:
             interval(pair.difference.interval) if pair.difference.interval else "none",
             interval(pair.difference.interval90) if pair.difference.interval90 else "none",
             *([interval(pair.difference.simultaneous) if pair.difference.simultaneous else "none"] if together > 1 else []),
-            f"{pair.difference.correlation:.2f}".replace("-", "−") if pair.difference.correlation is not None else "—",
+            f"{pair.difference.correlation:z.2f}".replace("-", "−") if pair.difference.correlation is not None else "—",
         )
         for pair in comparison.pairs
     )
@@ -150,7 +150,7 @@ def finite(value: float) -> float | None:
 def budgets_table(searches: Searches) -> Table:
     """Of every comparison, at budgets that double."""
     rows = []
-    for (a, b), first in searches.noninferior.items():
+    for a, b in searches.noninferior:
         reach = {arm: {p.budget: p for p in searches.curves[arm]} for arm in (a, b)}
         for duel in searches.duels:
             if (duel.a, duel.b) == (a, b) and duel.budget & (duel.budget - 1) == 0:
@@ -161,7 +161,7 @@ def budgets_table(searches: Searches) -> Table:
                     if duel.wins.interval
                     else f"{duel.wins.value:.2f} (none)"
                 )
-                shown = str(first or "not shown")
+                shown = searches.shown(a, b) or "not shown"
                 rows.append((f"{a} − {b}", str(duel.budget), *sides, best, wins, duel.difference.verdict, shown))
     note = (
         "Holdout error, in %, that half of all searches of a budget end below, with the 95 % interval that two of the points give it; "
@@ -180,7 +180,8 @@ def maps_table(maps: Iterable[Map]) -> Table:
         best = f"{10**d.best:.2g} ({10 ** d.best_interval[0]:.2g} to {10 ** d.best_interval[1]:.2g})" if d.best_interval else "no basin"
         rows.append(
             (
-                m.arm, m.decay_name, f"{d.share:.2f}".replace("-", "−") if math.isfinite(d.share) else "—", _range(d.share_interval, ".2f"),
+                m.arm, m.decay_name,
+                f"{d.share:z.2f}".replace("-", "−") if math.isfinite(d.share) else "—", _range(d.share_interval, ".2f"),
                 signed(d.slope) if math.isfinite(d.slope) else "—", interval(d.slope_interval) if d.slope_interval else "none",
                 best, f"{d.cells} of {m.errors.shape[0] * m.errors.shape[1]}", str(d.n), str(d.diverged), d.note or "—",
             )
@@ -210,7 +211,7 @@ def maps_table(maps: Iterable[Map]) -> Table:
 def anytime_table(course: Iterable[Anytime]) -> Table:
     rows = tuple(
         (
-            one.arm, f"{epoch:g}", str(estimate.n), f"{estimate.value:.2f}" if math.isfinite(estimate.value) else "—",
+            one.arm, f"{epoch:g}", str(estimate.n), _points_or(estimate.value),
             _range(estimate.interval, ".2f"), _with_interval(one.area) if place == 0 else "",
         )
         for one in course
@@ -244,7 +245,8 @@ def gaps_table(gaps: Iterable[Gap]) -> Table:
         (
             f"{one.a} − {one.b}", one.split, f"{one.difference.n_a}, {one.difference.n_b}",
             signed(one.difference.value) if math.isfinite(one.difference.value) else "—",
-            interval(one.difference.interval) if one.difference.interval else "none", one.difference.verdict, one.difference.note or "—",
+            interval(one.difference.interval) if one.difference.interval else "none", one.difference.verdict,
+            one.difference.note or _widened(one.difference) or "—",
         )
         for one in gaps
     )  # fmt: skip
@@ -253,6 +255,13 @@ def gaps_table(gaps: Iterable[Gap]) -> Table:
         "losses that both arms reach: below zero the first arm generalises better where both optimise equally well."
     )
     return Table("gap", "Generalisation gap", note, ("Arms", "Error of", "n", "Points", "95 % interval", "Verdict", "Note"), rows, 2)
+
+
+def _widened(d: Difference) -> str:
+    """Where an interval excludes zero: the one that the verdict goes by, if it is another."""
+    if d.family == 1 or d.interval is None or d.simultaneous is None or d.interval[0] <= 0 <= d.interval[1]:
+        return ""
+    return f"{interval(d.simultaneous)} together with the other {d.family - 1}, by which the verdict goes"
 
 
 def costs_table(costs: Iterable[Cost]) -> Table:

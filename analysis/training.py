@@ -40,6 +40,7 @@ class Catching:
     reached: int
     """seeds of a that reach it"""
     seeds: int
+    """that finished or diverged"""
     budget: float
     """epochs of b"""
 
@@ -108,19 +109,24 @@ def _budget(records: Records, arm: ArmResult) -> float:
 
 
 def _curves(records: Records, arm: ArmResult) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """seed -> (epochs, errors in points) at the ends of its cycles, of the finished reported trials."""
+    """seed -> (epochs, errors in points) at the ends of its cycles, of the reported trials that finished or diverged.
+
+    A diverged one has the answers it gave before, then inf: leaving it out would show the course of the survivors.
+    """
     history, out = records.history, {}
     if VALIDATION not in history:
         return {}
     for trial_id in arm.trial_ids:
         trial = records.configs[trial_id]
-        if not math.isfinite(arm.errors.get(trial.seed, math.nan)):
+        if math.isnan(arm.errors.get(trial.seed, math.nan)):
             continue
-        steps = [end - 1 for end in schedule.cycle_ends(trial)]
-        rows = history[(history.trial_id == trial_id) & history.step.isin(steps)]
-        rows = rows[rows[VALIDATION].notna()]
-        if len(rows):
-            out[trial.seed] = rows.epoch.to_numpy(dtype=float), 100 * (1 - rows[VALIDATION].to_numpy(dtype=float))
+        ends = schedule.cycle_ends(trial)
+        rows = history[(history.trial_id == trial_id) & history.step.isin([end - 1 for end in ends])]
+        errors = (100 * (1 - rows.set_index("step")[VALIDATION])).dropna()
+        if math.isinf(arm.errors[trial.seed]):
+            errors = errors.reindex([end - 1 for end in ends], fill_value=math.inf)
+        if len(errors):
+            out[trial.seed] = (errors.index.to_numpy(dtype=float) + 1) / schedule.steps_per_epoch(trial), errors.to_numpy(dtype=float)
     return out
 
 
@@ -144,10 +150,11 @@ def loss_points(records: Records) -> LossPoints:
 
 
 def gaps(records: Records, comparison: Comparison, points: LossPoints) -> tuple[Gap, ...]:
-    """The generalisation gap of each comparison over the points of both searches."""
+    """The generalisation gap of each comparison over the points of both searches; judged together, as the comparisons are."""
     margin, of = records.study.study.analysis.margin, dict(list(points.table.groupby("arm")))
     none = points.table.iloc[:0]
-    return tuple(Gap(p.a, p.b, points.split, gap(of.get(p.a, none), of.get(p.b, none), margin=margin)) for p in comparison.judged)
+    judged = comparison.judged
+    return tuple(Gap(p.a, p.b, points.split, gap(of.get(p.a, none), of.get(p.b, none), margin=margin, family=len(judged))) for p in judged)
 
 
 def costs(records: Records) -> tuple[Cost, ...]:

@@ -153,12 +153,16 @@ def scale(loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> dic
 
 
 def power_rows(loaded: LoadedStudy) -> list[dict[str, Any]]:
-    """What the reported seeds of two arms can show, in points of error, for each assumed seed sd; None below two seeds."""
+    """What the reported seeds of two arms can show, in points of error, for each assumed seed sd; None below two seeds.
+
+    By the intervals that the verdicts go by: those of all the study's comparisons together.
+    """
     seeds = len((loaded.study.finalists or loaded.study.search).seeds)
+    family = max(1, len(loaded.study.analysis.comparisons or ()))
     return [
-        {"seeds": seeds, "seed_sd": sd}
-        | {f"difference_{name}": power.smallest_difference(seeds, sd, paired) for name, paired in PAIRING.items()}
-        | {f"margin_{name}": power.narrowest_margin(seeds, sd, paired) for name, paired in PAIRING.items()}
+        {"seeds": seeds, "pairs": family, "seed_sd": sd}
+        | {f"difference_{name}": power.smallest_difference(seeds, sd, paired, family) for name, paired in PAIRING.items()}
+        | {f"margin_{name}": power.narrowest_margin(seeds, sd, paired, family) for name, paired in PAIRING.items()}
         for sd in power.SEED_SDS
     ]
 
@@ -242,8 +246,10 @@ def _show_power(out: Console, loaded: LoadedStudy) -> None:
     if seeds < 2:
         out.print("one seed a configuration: no difference can be told from chance; e.g. finalists: {top: 3, seeds: 8}", soft_wrap=True)
         return
+    together = f" for all {rows[0]['pairs']} pairs together" if rows[0]["pairs"] > 1 else ""
     out.print(
-        f"{seeds} seeds an arm, points of error: the smallest difference found with {power.POWER:.0%} power (two-sided {power.LEVEL:.0%}), "
+        f"{seeds} seeds an arm, points of error: the smallest difference found with {power.POWER:.0%} power "
+        f"(two-sided {power.LEVEL:.0%}{together}), "
         f"and the margin below which equivalence cannot pass (the study's: {loaded.study.analysis.margin:g})",
         soft_wrap=True,
     )

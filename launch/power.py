@@ -13,10 +13,11 @@ SEED_SDS = (0.07, 0.10, 0.13)
 POWER, LEVEL = 0.8, 0.05
 
 
-def smallest_difference(seeds: int, sd: float, paired: bool) -> float | None:
+def smallest_difference(seeds: int, sd: float, paired: bool, family: int = 1) -> float | None:
     """The true difference that a two-sided t test at LEVEL finds with POWER, in the units of sd; None below two seeds.
 
-    Exact, by the noncentral t distribution, both rejection regions counted.
+    Exact, by the noncentral t distribution, both rejection regions counted. `family`: the number of pairs that the study
+    judges together, each at LEVEL / family (Bonferroni), as the report's verdicts go.
     """
     if seeds < 2:
         return None
@@ -24,13 +25,13 @@ def smallest_difference(seeds: int, sd: float, paired: bool) -> float | None:
     from scipy.stats import nct, t
 
     df = _df(seeds, paired)
-    limit = t.isf(LEVEL / 2, df)
-    shift = brentq(lambda nc: nct.sf(limit, df, nc) + (1 - nct.sf(-limit, df, nc)) - POWER, 1.0, 20.0, xtol=1e-12)
+    limit = t.isf(LEVEL / family / 2, df)
+    shift = brentq(lambda nc: nct.sf(limit, df, nc) + (1 - nct.sf(-limit, df, nc)) - POWER, 1.0, 10 + 3 * limit, xtol=1e-12)
     return float(shift) * _standard_error(seeds, sd)
 
 
-def narrowest_margin(seeds: int, sd: float, paired: bool) -> float | None:
-    """Half the width of the 90 % interval, in the units of sd; None below two seeds.
+def narrowest_margin(seeds: int, sd: float, paired: bool, family: int = 1) -> float | None:
+    """Half the width of the 90 % interval, in the units of sd; None below two seeds. `family`: as above.
 
     Two one-sided tests at LEVEL (TOST) cannot show equivalence within a smaller margin, even where two means are equal.
     """
@@ -38,7 +39,7 @@ def narrowest_margin(seeds: int, sd: float, paired: bool) -> float | None:
         return None
     from scipy.stats import t
 
-    return float(t.isf(LEVEL, _df(seeds, paired))) * _standard_error(seeds, sd)
+    return float(t.isf(LEVEL / family, _df(seeds, paired))) * _standard_error(seeds, sd)
 
 
 def _df(seeds: int, paired: bool) -> int:

@@ -52,13 +52,16 @@ LEAST = 8
 """trials, over both arms, from which a gap has an interval"""
 
 
-def gap(a: Mapping[str, Array] | pd.DataFrame, b: Mapping[str, Array] | pd.DataFrame, *, margin: float = MARGIN) -> Difference:
+def gap(
+    a: Mapping[str, Array] | pd.DataFrame, b: Mapping[str, Array] | pd.DataFrame, *, margin: float = MARGIN, family: int = 1
+) -> Difference:
     """The generalisation gap: error of a minus error of b, in points, at equal training loss (the paper's Figure 3, right).
 
     Each side has columns `loss` (train_eval/loss, above 0) and `error` (points), a row a trial, one trial a configuration.
     Only trials whose loss lies in the range that both reach count. Error = quadratic in log(loss) + gap for a, by least
     squares; t interval with HC3 standard errors (MacKinnon and White 1985), as the spread grows with the error. Below
     zero a generalises better than b where both have optimised equally well. No interval below `LEAST` trials or 3 a side.
+    `family`: as of `difference`.
     """
     sides = [pd.DataFrame({"loss": side["loss"], "error": side["error"]}, dtype=float) for side in (a, b)]
     sides = [side[np.isfinite(side.error) & np.isfinite(side.loss) & (side.loss > 0)] for side in sides]
@@ -69,7 +72,7 @@ def gap(a: Mapping[str, Array] | pd.DataFrame, b: Mapping[str, Array] | pd.DataF
     n, method = (min(n_a, n_b), n_a, n_b), "matched training loss"
     if min(n_a, n_b) < 3 or n_a + n_b < LEAST:
         note = f"{n_a} and {n_b} trials at training losses that both reach: too few"
-        return judged(lambda _: None, math.nan, n, method, margin, note=note)
+        return judged(lambda _: None, math.nan, n, method, margin, family, note=note)
     both = pd.concat(near)
     x = np.log(both.loss.to_numpy())
     x = (x - x.mean()) / (x.std() or 1.0)
@@ -85,7 +88,7 @@ def gap(a: Mapping[str, Array] | pd.DataFrame, b: Mapping[str, Array] | pd.DataF
         half = float(special.stdtrit(n_a + n_b - 4, 0.5 + level / 2)) * se
         return (value - half, value + half) if se > 0 else None
 
-    return judged(at, value, n, method, margin)
+    return judged(at, value, n, method, margin, family)
 
 
 def performance_profile(times: pd.DataFrame, factors: Sequence[float]) -> pd.DataFrame:

@@ -21,6 +21,10 @@ RIDGE = 1e-9
 DRAWS = 400
 """simulated maps behind an interval"""
 
+DROWNED = 1 / 3
+"""of the variation between cells; where noise makes up more, what is left of it is too little to tell a share of (a flat map would
+often be called all interaction)"""
+
 LEAST_FREE = 4
 """degrees of freedom that the interaction must have, and the noise for an interval"""
 
@@ -30,7 +34,7 @@ class Decoupling:
     """How far learning rate and weight decay act separately on the error, near the best of a map."""
 
     share: float
-    """of the error's variation, the part that is interaction, not additive in the two; 0 for a separable map"""
+    """of the error's variation, the part that is interaction, not additive in the two; 0 for a separable map; NaN without variation"""
     share_interval: Interval | None
     slope: float
     """how far the best log10(weight decay) moves a decade of learning rate; 0 for a separable map, -1 where their product counts"""
@@ -70,7 +74,7 @@ def decoupling_index(
     share: residual of the weighted least-squares fit of a row effect plus a column effect (two-way analysis of variance),
     over the variation about the weighted mean, both less what noise between seeds adds on average. Rows and columns are
     categories: swapping or reordering them, or another unit on an axis, changes nothing. Without replicates the noise counts
-    as interaction, which `note` says.
+    as interaction, which `note` says. NaN where noise is more than `DROWNED` of the variation.
     slope: of the valley line d f/d log(decay) = 0 of a weighted quadratic in log10 of both.
     Intervals: symmetric, of `DRAWS` maps simulated from the fitted one, its interaction shrunk to the estimated share, with noise of
     the size found and as uncertain as few seeds leave it.
@@ -113,9 +117,13 @@ def decoupling_index(
     again = fits.of(drawn, within, noise * (rng.chisquare(df, size=(DRAWS, 1, 1)) / df))  # and estimated anew in each
     centre = [float(found[0]) for found in fits.of(truth[None], within, 0 * variance)]
     intervals = [_about(*of, level) for of in zip((share, slope, best), again, centre, strict=True)]
+    note = "" if intervals[2] else "the map shows no basin whose best decay could be told"
     if intervals[0] is not None:
         intervals[0] = max(0.0, intervals[0][0]), min(1.0, intervals[0][1])
-    return result(share, slope, best, "" if intervals[2] else "the map shows no basin whose best decay could be told", intervals)
+    if fits.noise(mean, weights, variance) > DROWNED or (intervals[0] is not None and intervals[0][0] >= intervals[0][1]):
+        share, intervals[0] = math.nan, None
+        note = "; ".join(filter(None, ("the cells differ too little beyond the noise between seeds to tell a share", note)))
+    return result(share, slope, best, note, intervals)
 
 
 def _about(value: float, drawn: Array, centre: float, level: float) -> Interval | None:
@@ -208,6 +216,14 @@ class _Fits:
         rest, additive = (w * (z - fit) ** 2).sum(), (w * (fit - average) ** 2).sum()
         scale = math.sqrt(share / (1 - share) * additive / rest) if rest > 0 and share < 1 else 1.0
         return np.where(w > 0, fit + min(scale, 1.0) * (z - fit), mean.ravel()).reshape(mean.shape)
+
+    def noise(self, mean: Array, weights: Array, variance: Array) -> float:
+        """The part of the map's weighted variation that noise adds on average; above 1 where it varies less than noise alone does."""
+        (z,), (w,) = _flat(mean[None], weights[None])
+        total = w.sum()
+        found = float((w * (z - (w * z).sum() / total) ** 2).sum())
+        noise = float((w * (1 - w / total) * variance.ravel()).sum())
+        return noise / found if found > 0 else 0.0
 
     def _share(self, z: Array, w: Array, variance: Array) -> Array:
         fit, leverage = _fitted(self.additive, z, w)

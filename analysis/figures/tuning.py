@@ -69,7 +69,7 @@ def _axis(axes: Axes, m: Map) -> None:
     axes.set_xlabel("Learning rate α")
     axes.set_ylabel(m.decay_name)
     d = m.index
-    share = f"interaction {d.share:.2f}" if math.isfinite(d.share) else "no index"
+    share = f"interaction {d.share:z.2f}" if math.isfinite(d.share) else "no index"
     slope = f", slope {d.slope:.2f}" if math.isfinite(d.slope) else ""
     axes.set_title(f"{m.arm}\n{share}{slope}; n = {d.n} runs".replace("-0.", "−0.").replace("-1.", "−1."), fontsize=7.5)
 

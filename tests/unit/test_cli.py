@@ -118,7 +118,8 @@ def test_plan_as_json_starts_nothing(wrbench: Command, store: Path) -> None:
     ]
     assert [(row["seeds"], row["seed_sd"]) for row in plan["power"]] == [(3, 0.07), (3, 0.1), (3, 0.13)]
     assert {key: round(value, 3) for key, value in plan["power"][1].items()} == {
-        "seeds": 3, "seed_sd": 0.1, "difference_unpaired": 0.307, "difference_paired": 0.462, "margin_unpaired": 0.174, "margin_paired": 0.238,
+        "seeds": 3, "pairs": 1, "seed_sd": 0.1, "difference_unpaired": 0.307, "difference_paired": 0.462,
+        "margin_unpaired": 0.174, "margin_paired": 0.238,
     }  # fmt: skip
     for one in searched:
         assert (one["steps"], one["cycle_end_epochs"], one["cycle_end_steps"]) == (245, [1, 3, 7], [35, 105, 245])
