@@ -343,7 +343,7 @@ def _mixed(records: Records) -> Iterator[str]:
     """Circumstances that must not matter, and are said when they differ within an arm or between arms."""
     table = records.trials[records.trials.planned & records.trials.run_id.notna()]
     for name in (
-        "world_size", "micro_batch_size", "backend", "zero_stage", "compile", "channels_last", "deterministic", "device", "commit",
+        "world_size", "micro_batch_size", "backend", "zero_stage", "compile", "channels_last", "deterministic", "device", "gpu", "commit",
         "data_sha256",
     ):  # fmt: skip
         values = table.get(f"tag.{name}", pd.Series(dtype=str)).dropna().str.replace(r"\b([0-9a-f]{10})[0-9a-f]{30,}\b", r"\1", regex=True)

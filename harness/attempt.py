@@ -168,6 +168,7 @@ class Attempt:
             "compile": self.trial.backend.compile,
             "deterministic": self.trial.backend.deterministic,
             "device": self.ranks.device.type,
+            **self._gpu(),
             "threads": torch.get_num_threads(),
             "host": socket.gethostname(),
             "platform": platform.platform(),
@@ -179,6 +180,13 @@ class Attempt:
             **self._pixels(),
             **provenance.code(),
         }
+
+    def _gpu(self) -> dict[str, Any]:
+        """Of rank 0, and the libraries that compute and reduce there."""
+        if self.ranks.device.type != "cuda":
+            return {}
+        versions = ("cuda", torch.version.cuda), ("cudnn", torch.backends.cudnn.version()), ("nccl", torch.cuda.nccl.version())
+        return {"gpu": torch.cuda.get_device_name(self.ranks.device)} | {name: str(version) for name, version in versions}
 
     @staticmethod
     def _pixels() -> dict[str, Any]:

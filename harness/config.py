@@ -574,7 +574,12 @@ class Backend(Frozen):
         False, description="the same bits every time on a GPU, at the cost of speed: harness/numerics.py; a CPU's are the same anyway"
     )
     timeout_seconds: Whole = Field(
-        45, ge=5, le=3600, description="a collective that waits longer ends the rank: the survivors of a killed rank leave", examples=[45]
+        600,
+        ge=5,
+        le=3600,
+        description="a collective that waits longer for its peers ends the rank; above what ranks may be apart by: a compilation, a wait "
+        "for data, a save. A killed peer is known at once, or its launcher ends the others",
+        examples=[600],
     )
 
     @model_validator(mode="before")
@@ -1096,7 +1101,7 @@ class Slurm(Frozen):
     )
     trials_per_task: Whole = Field(1, ge=1, description="small trials that share an array task, one after the other", examples=[4])
     setup: tuple[Line, ...] = Field((), description="shell lines of the batch script, before anything else", examples=[["module load gcc"]])
-    srun_args: tuple[Line, ...] = Field((), description="added to srun for the ranks", examples=[["--gpus-per-task=1"]])
+    srun_args: tuple[Line, ...] = Field((), description="added to srun for the ranks", examples=[["--distribution=block:block"]])
     python: Line | None = Field(
         None,
         description="the ranks' Python, as a command; null: the one that submits. For a container: the one in it",

@@ -6,6 +6,7 @@ Every collective is called on every rank; nothing here or above may be collectiv
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,10 @@ without letting go of the interpreter, which a gloo thread that frees a tensor w
 at its end for ever. References held here are dropped at exit, where the interpreter is let go of."""
 
 
+_lives = itertools.count()
+"""of process groups in this process: torchrun's store outlives them, and the second would read what the first one wrote"""
+
+
 @atexit.register
 def _drain() -> None:
     """Lets gloo's threads free the tensors of their last collectives, wherever a group is still held (DeepSpeed holds one):
@@ -82,23 +87,47 @@ def joined(timeout_seconds: int) -> Iterator[Ranks]:
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = _own_device(local_rank)
     if world_size == 1:
         yield Ranks(0, local_rank, 1, device)
         return
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     method = os.environ.get("WRBENCH_RENDEZVOUS", "env://")
-    td.init_process_group(backend, init_method=method, rank=rank, world_size=world_size, timeout=timeout)
+    store, _, _ = next(td.rendezvous(method, rank, world_size, timeout=timeout))  # type: ignore[attr-defined]
+    store.set_timeout(timeout)
+    store = td.PrefixStore(f"life-{next(_lives)}", store)  # type: ignore[attr-defined]
+    td.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         control = td.group.WORLD if backend == "gloo" else td.new_group(backend="gloo", timeout=timeout)
         _groups.extend((td.group.WORLD, control))
         yield Ranks(rank, local_rank, world_size, device, control)
+    except BaseException:
+        if backend == "nccl":  # destroying it would wait for peers that are in a collective, until they have waited long enough
+            td.distributed_c10d._abort_process_group()
+        raise
     finally:
-        td.destroy_process_group()
+        if td.is_initialized():
+            td.destroy_process_group()
+
+
+def _own_device(local_rank: int) -> torch.device:
+    """The GPU of that number among those this process sees, or the only one that it sees; the CPU where there is none.
+
+    Raises RuntimeError where GPUs are asked for and torch cannot use them: on a node whose driver is broken a trial would
+    otherwise train on the CPU without a word.
+    """
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.version.cuda and not seen and asked not in ("", "-1", "NoDevFiles"):
+        raise RuntimeError(f"no CUDA-capable device can be used here, and CUDA_VISIBLE_DEVICES is {asked}: its driver, or this container")
+    if not seen:
+        return torch.device("cpu")
+    if local_rank >= seen > 1:
+        raise RuntimeError(f"no CUDA-capable device for local rank {local_rank}: this process sees {seen}, numbered from 0")
+    device = torch.device("cuda", local_rank % seen)
+    torch.cuda.set_device(device)
+    return device
 
 
 def ensure_group(ranks: Ranks, timeout_seconds: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import checkpoint, draws, mixing, models, norm
+from harness import checkpoint, draws, mixing, models, norm, optim
 from harness.config import Trial
 from harness.data.order import Mixing
 from harness.dist import Ranks
@@ -226,7 +226,8 @@ def _squares(tensors: list[Tensor]) -> float:
 
 
 def build(trial: Trial, ranks: Ranks) -> Engine:
-    """The engine of trial.backend. Imports that backend's library and no other."""
+    """The engine of trial.backend. Imports that backend's library and no other. Collective."""
+    optim.agree(ranks)
     if trial.backend.name == "deepspeed":
         from harness.backends.zero import DeepSpeedEngine
 

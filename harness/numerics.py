@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from harness.config import Backend
+from harness.config import Backend, BadInput
 
 
 @contextmanager
@@ -22,21 +22,24 @@ def switched(backend: Backend) -> Iterator[None]:
     """
     # Read once, at cuBLAS's first product, whichever trial that belongs to, so it stays; 24 MiB more at most, and no slower.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    cudnn = torch.backends.cudnn
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+        raise BadInput("NVIDIA_TF32_OVERRIDE: 1 rounds products of fp32 to ten bits, whatever torch says; unset it, or set it to 0")
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     settings: Any = torch.utils.deterministic
-    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, products.allow_tf32
     mode, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     changes = mode != backend.deterministic or warn_only  # the call imports torch's compiler, which takes seconds
     fill = settings.fill_uninitialized_memory
     try:
         cudnn.allow_tf32 = False  # torch's default rounds convolutions of fp32 to ten bits
+        products.allow_tf32 = False  # as it is by default, but NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE
         cudnn.benchmark, cudnn.deterministic = not backend.deterministic, backend.deterministic
         if changes:
             torch.use_deterministic_algorithms(backend.deterministic)
         settings.fill_uninitialized_memory = False  # NaN in every new tensor: finds bugs, and costs a pass over each
         yield
     finally:
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, products.allow_tf32 = before
         if changes:
             torch.use_deterministic_algorithms(mode, warn_only=warn_only)
         settings.fill_uninitialized_memory = fill

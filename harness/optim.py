@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config import L2, Adam, Decoupled, NoDecay, Sgd
+from harness.dist import Ranks
 
 
 @contextmanager
@@ -52,8 +53,21 @@ def _decay_first(group: dict[str, Any]) -> None:
 
 
 def _kernels(weights: list[Tensor]) -> ModuleType | None:
-    """harness.one_pass, for weights on a GPU where its kernels run."""
-    return _one_pass() if weights and all(w.is_cuda for w in weights) else None
+    """harness.one_pass, for weights on a GPU where its kernels run, here and on every other rank."""
+    return _one_pass() if _everywhere and weights and all(w.is_cuda for w in weights) else None
+
+
+_everywhere = True
+"""no rank of this trial is known to step by torch's kernels"""
+
+
+def agree(ranks: Ranks) -> None:
+    """On a GPU, every rank steps by the same kernels: replicas would else drift apart by rounding. Collective."""
+    global _everywhere
+    possible = ranks.device.type != "cuda" or _one_pass() is not None
+    _everywhere = ranks.sums([possible])[0] == ranks.world_size
+    if possible and not _everywhere:
+        warnings.warn("steps are torch's, in more passes over memory, since triton cannot make ours on another rank", stacklevel=2)
 
 
 @cache

@@ -58,7 +58,8 @@ STATUS = {
 
 ATTEMPT_TAGS = (
     "attempt", "world_size", "micro_batch_size", "backend", "zero_stage", "offload_optimizer", "channels_last", "compile",
-    "deterministic", "device", "host", "platform", "python", "torch", "deepspeed", "commit", "code", "data_sha256", "job_id",
+    "deterministic", "device", "gpu", "cuda", "cudnn", "nccl", "host", "platform", "python", "torch", "deepspeed", "commit", "code",
+    "data_sha256", "job_id",
 )  # fmt: skip
 """what may differ between attempts: tags, as the newest attempt's start line has them"""
 

@@ -12,7 +12,8 @@ _SIGNS = (
     ("out of memory", r"OutOfMemoryError|out of memory|MemoryError|DefaultCPUAllocator: can't allocate|oom.kill|OUT_OF_MEMORY"),
     (
         "node",
-        r"NODE_FAIL|Node failure|uncorrectable ECC|Xid|CUDA-capable device|Stale file handle|Input/output error"
+        r"NODE_FAIL|Node failure|uncorrectable|Xid|CUDA-capable device|No CUDA GPUs|CUDA unknown error|cudaGetDeviceCount|NVIDIA driver"
+        r"|Stale file handle|Input/output error"
         r"|(step|task|tasks) .*launch failed|Unable to (create|launch) .*(step|task)|Communication connection failure|node not available",
     ),
     ("port", r"EADDRINUSE|[Aa]ddress already in use"),

@@ -9,9 +9,13 @@ others only when this rank has failed.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
+import socket
+import struct
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from harness.stopping import StopRequest
@@ -33,6 +37,33 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
     return {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": str(world), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(on_node)}
 
 
+def reachable(environment: Mapping[str, str]) -> dict[str, str]:
+    """GLOO_SOCKET_IFNAME where gloo would tell the other nodes an address at which they reach themselves.
+
+    It tells them that of this host's name, which Debian's and Ubuntu's /etc/hosts say is 127.0.1.1.
+    """
+    if int(environment.get("SLURM_NNODES", 1)) == 1 or "GLOO_SOCKET_IFNAME" in environment or "MASTER_ADDR" not in environment:
+        return {}
+    with suppress(OSError):
+        if socket.gethostbyname(socket.gethostname()).startswith("127."):
+            name = interface_to(environment["MASTER_ADDR"])
+            return {"GLOO_SOCKET_IFNAME": name} if name else {}
+    return {}
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface that leads to an IPv4 address or a host, or that has it; None where none has the address of its own end."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                found = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR, linux/sockios.h
+                if socket.inet_ntoa(found[20:24]) == own:
+                    return name
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.rank")
     parser.add_argument("store", type=Path)
@@ -42,7 +73,7 @@ def main() -> int:
     parser.add_argument("--signal", required=True)
     options = parser.parse_args()
     with StopRequest(options.signal) as stop:  # before the seconds that torch takes: what comes meanwhile must not kill
-        os.environ |= place(os.environ) | {"OMP_NUM_THREADS": str(options.threads)}
+        os.environ |= place(os.environ) | reachable(os.environ) | {"OMP_NUM_THREADS": str(options.threads)}
         store = Store(options.store)
         trial = store.trial(options.study, options.trial).read_config()
         import torch

@@ -194,10 +194,14 @@ def newest_logs(folder: TrialFolder, kind: str = "*") -> list[Path]:
 
 
 def final_error(path: Path) -> str | None:
-    """The last line of the last traceback in a log; torch begins each of its lines with the rank."""
+    """The last line of the last traceback in a log; torch begins each of its lines with the rank. Without one, what NCCL's watchdog
+    said before it aborted the rank."""
     text = re.sub(r"^\[rank\d+\]: ?", "", path.read_text(encoding="utf-8", errors="replace"), flags=re.M)
     _, found, trace = text.rpartition("Traceback (most recent call last):")
-    return next((line for line in trace.splitlines() if re.match(r"(?!slurmstepd|srun:)[A-Za-z_]", line)), None) if found else None
+    if not found:
+        waited = re.search(r"Watchdog caught collective operation timeout: .*", text)
+        return waited.group() if waited else None
+    return next((line for line in trace.splitlines() if re.match(r"(?!slurmstepd|srun:)[A-Za-z_]", line)), None)
 
 
 # --------------------------------------------------------------------------------------------------- on screen

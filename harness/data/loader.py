@@ -113,9 +113,10 @@ class DataSet:
 
 
 def threads_of_a_rank() -> int:
-    """As many as it has cores, at most 16: all that it is bound to, else its part of the node's."""
+    """As many as it has cores, at most 16: what SLURM gave it, else all that it is bound to, else its part of the node's."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if cores() == os.cpu_count() else 1
-    return max(1, min(16, cores() // ranks))
+    given = int(os.environ.get("SLURM_CPUS_PER_TASK", cores()))  # without task/affinity every rank of a step may use all of its cores
+    return max(1, min(16, cores() // ranks, given))
 
 
 def _may_be_open(shards: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from harness import bench, engine, journal, numerics
-from harness.config import Backend
+from harness.config import Backend, BadInput
 from harness.store import Store
 from harness.train import train
 from tests.integration.ranks import finish, history
@@ -27,14 +30,17 @@ def switches() -> Switches:
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
     }
 
 
 DETERMINISTIC = {
     "deterministic": True, "warn_only": False, "fill": False,
-    "cudnn_deterministic": True, "cudnn_benchmark": False, "cudnn_allow_tf32": False,
+    "cudnn_deterministic": True, "cudnn_benchmark": False, "cudnn_allow_tf32": False, "matmul_allow_tf32": False,
 }  # fmt: skip
-FAST = {"deterministic": False, "cudnn_deterministic": False, "cudnn_benchmark": True, "cudnn_allow_tf32": False}
+FAST = {
+    "deterministic": False, "cudnn_deterministic": False, "cudnn_benchmark": True, "cudnn_allow_tf32": False, "matmul_allow_tf32": False,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -71,6 +77,26 @@ def test_they_are_those_of_the_trial_and_then_as_before(tmp_path: Path, few: Pat
             assert switches() | FAST == switches(), "those of the inner one"
         raise ValueError("in the middle")
     assert switches() == before
+
+
+def test_fp32_is_fp32_also_in_a_container_of_nvidias() -> None:
+    """Their images set it, and torch reads it once."""
+    script = (
+        "import torch; from harness import numerics; from harness.config import Backend; products = torch.backends.cuda.matmul\n"
+        "assert products.allow_tf32\n"
+        "with numerics.switched(Backend()): assert not products.allow_tf32\n"
+        "assert products.allow_tf32"
+    )
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, check=True, timeout=120)
+
+
+def test_what_torch_cannot_switch_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(BadInput, match=r"^NVIDIA_TF32_OVERRIDE: 1 "), numerics.switched(Backend()):
+        pass
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with numerics.switched(Backend()):
+        pass
 
 
 def test_an_operation_without_a_deterministic_form_is_refused() -> None:

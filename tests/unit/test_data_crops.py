@@ -97,9 +97,18 @@ def test_a_file_that_cannot_be_read_is_no_corrupt_sample(photographs, tmp_path):
 
 def test_ranks_of_an_unbound_node_share_its_cores(monkeypatch):
     node = os.cpu_count()
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     for local, cores, threads in ((1, node, min(16, node)), (node, node, 1), (2 * node, node, 1), (node, node + 1, min(16, node + 1))):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
         monkeypatch.setattr(loader, "cores", lambda cores=cores: cores)  # node + 1: any number that is not the node's
+        assert loader.threads_of_a_rank() == threads
+
+
+def test_a_rank_reads_with_the_cores_that_slurm_gave_it(monkeypatch):
+    """Where ranks are not bound, a step of several may use all of its cores, from each of them."""
+    monkeypatch.setattr(loader, "cores", lambda: os.cpu_count() + 12)  # those of the step
+    for given, threads in ((1, 1), (3, 3), (99, min(16, os.cpu_count() + 12))):
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(given))
         assert loader.threads_of_a_rank() == threads
 
 

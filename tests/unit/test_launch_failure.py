@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from launch import rank
 from launch.failure import kind
 from launch.rank import place
 
@@ -14,7 +15,13 @@ from launch.rank import place
         ("MemoryError", 1, None, "out of memory"),
         (None, 137, "OUT_OF_MEMORY", "out of memory"),
         ("RuntimeError: CUDA error: uncorrectable ECC error encountered", 1, None, "node"),
+        ("RuntimeError: CUDA error: uncorrectable NVLink error detected during the execution", 1, None, "node"),
+        ("RuntimeError: No CUDA GPUs are available", 1, None, "node"),
+        ("RuntimeError: Unexpected error from cudaGetDeviceCount(). ... Error 802: system not yet initialized", 1, None, "node"),
+        ("RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment", 1, None, "node"),
+        ("RuntimeError: The NVIDIA driver on your system is too old (found version 11040).", 1, None, "node"),
         (None, 1, "NODE_FAIL", "node"),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=8, OpType=ALLREDUCE, ...)", 134, None, "communication"),
         ("torch.distributed.DistNetworkError: The server socket has failed to listen ... EADDRINUSE", 1, None, "port"),
         ("RuntimeError: [../gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.1]:1234", 1, None, "communication"),
         ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp", 1, None, "communication"),
@@ -46,3 +53,14 @@ def test_local_rank_is_the_number_of_the_gpu_among_those_seen(shown: str | None,
         {"CUDA_VISIBLE_DEVICES": shown} if shown else {}
     )
     assert place(environment) == {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": "4"}
+
+
+def test_gloo_is_told_an_interface_where_a_hosts_name_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/etc/hosts of Debian and Ubuntu: 127.0.1.1."""
+    many = {"SLURM_NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
+    monkeypatch.setattr(rank.socket, "gethostbyname", lambda name: "127.0.1.1")
+    assert rank.reachable(many) == {"GLOO_SOCKET_IFNAME": "lo"}
+    assert rank.reachable(many | {"GLOO_SOCKET_IFNAME": "ib0"}) == {}
+    assert rank.reachable(many | {"SLURM_NNODES": "1"}) == {}
+    monkeypatch.setattr(rank.socket, "gethostbyname", lambda name: "10.0.0.7")
+    assert rank.reachable(many) == {}, "others reach it there"

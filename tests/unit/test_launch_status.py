@@ -134,6 +134,9 @@ def test_the_final_error_of_a_rank_is_found_however_torch_and_slurm_frame_it(tmp
         assert status.final_error(log) == "RuntimeError: gloo: Timed out"
     log.write_text(after)
     assert status.final_error(log) is None
+    waited = "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=8, OpType=ALLREDUCE) ran for 600012 milliseconds"
+    log.write_text(f"[rank1]:[E1127 12:00:00.1 ProcessGroupNCCL.cpp:683] [Rank 1] {waited}\nterminate called\n{after}")
+    assert status.final_error(log) == waited
 
 
 def test_a_job_that_slurm_itself_requeued_counts_as_such() -> None:

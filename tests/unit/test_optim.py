@@ -210,6 +210,22 @@ def test_a_step_in_one_pass_is_the_step(monkeypatch: pytest.MonkeyPatch, optimiz
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
 
 
+def test_every_rank_steps_by_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose cache is full would drift from the others by rounding."""
+    weights, kernels = [SimpleNamespace(is_cuda=True)], object()
+    monkeypatch.setattr(optim, "_one_pass", lambda: kernels)
+
+    def others(that_can: int) -> Any:
+        return SimpleNamespace(device=torch.device("cuda"), world_size=3, sums=lambda values: [float(values[0]) + that_can])
+
+    monkeypatch.setattr(optim, "_everywhere", True)
+    with pytest.warns(UserWarning, match=r"^steps are torch's, .* on another rank$"):
+        optim.agree(others(1))
+    assert optim._kernels(weights) is None  # type: ignore[arg-type]
+    optim.agree(others(2))
+    assert optim._kernels(weights) is kernels  # type: ignore[arg-type]
+
+
 def test_where_triton_cannot_make_them_steps_are_torchs_and_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def probe() -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify")
