@@ -18,11 +18,12 @@ from unittest.mock import patch
 
 import torch
 
-from harness import bench, checkpoint
+from harness import bench, checkpoint, engine, numerics
 from harness.config import Trial
 from harness.data import loader
 from harness.data.build import build
 from harness.data.fixture import CLASSES
+from harness.dist import joined
 from harness.schedule import steps_per_epoch
 from harness.stopping import StopRequest
 from harness.store import Store
@@ -130,6 +131,23 @@ def deterministic(folder: Path, device: str, world: int) -> Iterator[Row]:
     yield row("deterministic: images/s", statistics.median(measured.images_per_second[BOUND]), None, list(measured.lines())[1])
 
 
+def replicas(folder: Path, device: str, world: int) -> Iterator[Row]:
+    """Twenty steps on other images on every rank, compiled where the workload is: the weights and buffers are the same on all, to the bit."""
+    if world == 1:
+        return
+    trial = trial_of(folder, device, world)
+    size, batch = trial.workload.data.image_size, BATCH[device]
+    with joined(trial.backend.timeout_seconds) as ranks, numerics.switched(trial.backend):
+        worker = engine.build(trial, ranks)
+        draw = torch.Generator().manual_seed(ranks.rank)
+        for step in range(20):
+            images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=draw)
+            worker.train_step(images, torch.randint(0, CLASSES, (batch,), generator=draw), lr=0.01, weight_decay=0.001, step=step)
+            _told(step + 1, 20)
+        found = ranks.gathered(checkpoint.weights_sha256(worker.evaluation_model().state_dict()))
+    yield row(f"replicas after 20 steps on {world} ranks: other ones than rank 0's", sum(f != found[0] for f in found), 0.0)
+
+
 def _told(done: int, total: int) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"training: {done} of {total}", file=sys.stderr, flush=True)
@@ -140,7 +158,7 @@ def main() -> None:
     torch.set_num_threads(1)  # as launch sets it in a rank: sixteen threads that read, with a team of sixteen each, leave the loop no core
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     found: list[Row] = []
-    for section in (speed, deterministic):
+    for section in (replicas, speed, deterministic):
         for one in section(folder, device, world):
             found.append(one)
             if rank == 0:

@@ -31,6 +31,26 @@ def test_two_runs_have_the_same_bits(model: str) -> None:
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("model", ["resnet50", "vit_s16", "convnext_tiny"])
+def test_a_step_does_not_wait_for_the_device(model: str) -> None:
+    """With clipping, smoothing, mixup and random layers; torch raises at whatever makes the host wait."""
+    t = trial(
+        data={"image_size": 64, "channels": 3, "mean": [0.5] * 3, "std": [0.2] * 3}, model=model,
+        recipe={"precision": "bf16", "mixup": 0.2, "label_smoothing": 0.1, "clip_norm": 1.0}, backend={"channels_last": True},
+    )  # fmt: skip
+    with joined(45) as ranks, numerics.switched(t.backend):
+        worker = engine.build(t, ranks)
+        images = torch.randint(0, 256, (100, 3, 64, 64), dtype=torch.uint8, device=ranks.device)
+        labels = torch.arange(100, device=ranks.device) % 10
+        try:
+            for step in range(6):
+                torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")  # before, kernels are chosen and state is made
+                mix = order.mixing(t.seed, step, t.workload.recipe.mixup, t.workload.recipe.cutmix, 64)
+                worker.train_step(images, labels, lr=1e-3, weight_decay=0.1, step=step, mix=mix)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_step_is_as_long_as_the_device_takes_and_the_host_does_not_wait() -> None:
     """Steps of many products that the host only enqueues: events know how long they took, the host's clock does not."""
     device = torch.device("cuda", torch.cuda.current_device())
