@@ -43,7 +43,7 @@ def searched(study: LoadedStudy) -> tuple[str, str]:
 METHODS: tuple[Method, ...] = ("welch", "paired")
 
 OUTER = 0.1
-"""share of an axis, at either end, where a best point says that the box was too small"""
+"""share of an axis, at either end, where a best point hints that the box was too small"""
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _parameters(name: str, chosen: pd.DataFrame, records: Records) -> dict[str, 
 
 
 def _at_edge(name: str, chosen: pd.DataFrame, records: Records) -> Iterator[str]:
-    """Where the best point says that the box was too small, axis by axis."""
+    """Where the best point hints that the box was too small, axis by axis."""
     arm, trial = records.study.study.arms[name], _reported(chosen, records)
     for key, value in axis_values(arm, trial).items() if trial is not None else ():
         axis = arm.space[key]
@@ -300,7 +300,7 @@ def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterat
         for note in arm.notes:
             yield f"{arm.name}: {note}"
         if arm.at_edge:
-            yield f"{arm.name}: box too small: {'; '.join(arm.at_edge)}"
+            yield f"{arm.name}: best point at the edge of its box: {'; '.join(arm.at_edge)}"
     if records.study.study.finalists is None and records.study.workload.evaluation.val:
         unread = table[(table.state == "finished") & table[VALIDATION].isna()].trial_id
         if blind := sum(records.store.trial(records.study.name, str(i)).is_blind() for i in unread):

@@ -131,12 +131,13 @@ def numbers(comparison: Comparison) -> pd.DataFrame:
         {
             "kind": "difference", "name": f"{pair.a} - {pair.b}", "method": d.method, "n": d.n, "points": finite(d.value),
             "ci95_low": (d.interval or (None, None))[0], "ci95_high": (d.interval or (None, None))[1],
-            "n_a": d.n_a, "n_b": d.n_b, "correlation": d.correlation, "margin": d.margin, "verdict": d.verdict,
+            "n_a": d.n_a, "n_b": d.n_b, "correlation": d.correlation, "margin": d.margin, "verdict": d.verdict, "family": d.family,
+            "ci95_simultaneous_low": (d.simultaneous or (None, None))[0], "ci95_simultaneous_high": (d.simultaneous or (None, None))[1],
         }
         for pair in comparison.pairs
         for d in [pair.difference]
     ]  # fmt: skip
-    counts = ["n", "n_a", "n_b", "planned", "finished", "failed", "diverged", "missing", "pending"]
+    counts = ["n", "n_a", "n_b", "family", "planned", "finished", "failed", "diverged", "missing", "pending"]
     return pd.DataFrame([*arms, *pairs]).astype({name: "Int64" for name in counts if name in {*arms[0], *(pairs or arms)[0]}})
 
 

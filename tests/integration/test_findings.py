@@ -170,7 +170,7 @@ def test_images_edges_nested_arms_and_costs(tmp_path: Path) -> None:
             low, high = space[key].log_uniform
             place = math.log(value / low) / math.log(high / low)
             assert any(line.startswith(f"{key} ") for line in arm.at_edge) == (place < 0.1 or place > 0.9), (arm.name, key, place)
-        assert (f"{arm.name}: box too small" in flags) == bool(arm.at_edge)
+        assert (f"{arm.name}: best point at the edge of its box" in flags) == bool(arm.at_edge)
 
     costs = {(one.arm, one.phase): one for one in found.costs}
     assert (costs["AdamWR", "search"].trials, costs["AdamWR", "finalists"].trials) == (4, 3)
