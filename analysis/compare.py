@@ -299,6 +299,8 @@ def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterat
             yield f"{arm.name}: {arm.planned - arm.finished} of {arm.planned} planned trials have no result ({lost})"
         for note in arm.notes:
             yield f"{arm.name}: {note}"
+        if arm.error.n == 2:
+            yield f"{arm.name}: two seeds: against an arm of another spread a difference is called one twice as often as 5 %"
         if arm.at_edge:
             yield f"{arm.name}: best point at the edge of its box: {'; '.join(arm.at_edge)}"
     if records.study.study.finalists is None and records.study.workload.evaluation.val:

@@ -252,6 +252,11 @@ def test_selection_and_report_on_the_same_runs_is_said_where_it_applies(tmp_path
     assert "chosen and reported" not in flags(tmp_path, [*ADAM, *SGD])
 
 
+def test_two_seeds_are_told(tmp_path: Path) -> None:
+    assert "AdamWR: two seeds: " in flags(tmp_path, [*ADAM[:2], *SGD])
+    assert "two seeds" not in flags(tmp_path, [*ADAM, *SGD])
+
+
 def test_trials_outside_the_study_count_nowhere_and_are_said(tmp_path: Path) -> None:
     comparison = compared(tmp_path, [*ADAM, *SGD, trial("SGDWR", "old", 5, val=0.99) | {"planned": False}])
     assert comparison.arms[1].planned == 3
