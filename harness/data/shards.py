@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def index_shards(
 ) -> Index:
     """Write the sidecar index of the tars of a folder or list (`locate`), beside them or in folder `out`. Progress counts bytes.
 
+    An index that was there is replaced; `warn` is told of one with more samples.
     BadInput for the first shard that is truncated, and for the first sample without exactly one image and an integer label.
     """
     folder, names = locate(path)
@@ -125,7 +127,12 @@ def index_shards(
     index = Index.make(folder, parts)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    index.write(Path(folder if out is None else out) / NAME)
+    target = Path(folder if out is None else out) / NAME
+    with suppress(BadInput):  # none before, or none that can be read
+        before = Index.load(target)
+        if len(before.key) > len(index.key):
+            warn(f"{target}: had {len(before.key)} samples in {len(before.shards)} shards, and has those of {path} alone now")
+    index.write(target)
     return index
 
 

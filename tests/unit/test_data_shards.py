@@ -51,6 +51,16 @@ def faults(folder, severity="fault"):
 # ---------------------------------------------------------------------------------------------------- index
 
 
+def test_an_index_of_fewer_samples_than_the_one_it_replaces_is_told(folder):
+    told = []
+    shards.index_shards(folder, warn=told.append)
+    shards.index_shards(folder, warn=told.append)
+    assert not told, "the same again"
+    part = f"{folder}/{{train-000000,val-000000}}.tar"
+    shards.index_shards(part, warn=told.append)
+    assert told == [f"{folder}/index.npz: had 153 samples in 3 shards, and has those of {part} alone now"]
+
+
 def test_index_says_what_the_tars_hold(folder):
     made = shards.index_shards(folder)
     loaded = Index.load(folder)
