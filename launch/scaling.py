@@ -4,7 +4,7 @@ Pure arithmetic, in bytes and seconds, of numbers that somebody states: paramete
 memory, the wire and points against real steps and a journal (tests/integration/test_scaling.py, tests/unit/test_scaling.py), and
 `make bench` moments and copies against engines that run (tests/benchmarks/sharding.py). Activations are not counted, nor autocast's
 copies of the weights, 2 bytes a parameter: they do not depend on the number of ranks. `python -m launch.scaling` prints the tables
-of the README.
+of launch/README.md.
 """
 
 from __future__ import annotations

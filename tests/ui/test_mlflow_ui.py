@@ -19,7 +19,7 @@ from tests.ui.browser import Browser
 from tests.ui.conftest import NAME, STUDY
 
 PICTURE = Path("build/ui.png")
-"""what the README shows of it is a copy of this"""
+"""what analysis/README.md shows of it is a copy of this"""
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ RESNET50 = 25_557_032
 
 @pytest.mark.parametrize(
     ("backend", "megabytes"),
-    [  # README, "Bytes a rank at two ranks", measured by `make bench`: weights, gradients, AdamW's moments, fp32 copy
+    [  # harness/README.md, "Bytes a rank at two ranks", measured by `make bench`: weights, gradients, AdamW's moments, fp32 copy
         ({"name": "ddp"}, (102, 102, 204, 0)),
         ({"name": "ddp", "zero_stage": 1}, (102, 102, 102, 0)),
         ({"name": "deepspeed", "zero_stage": 1}, (102, 102, 102, 51)),  # measured 109 with parts that are held twice for a while
