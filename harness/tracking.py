@@ -140,6 +140,8 @@ def check_store(store: Store) -> None:
     if not uri.startswith("sqlite:///"):
         return
     path = Path(uri.removeprefix("sqlite:///"))
+    if is_own(store) and ("?" in uri or urllib.parse.unquote(uri) != uri):
+        raise BadInput(f"--store {store.root}: MLflow takes ? and % in a database's path for parts of an address; another --store")
     if not path.exists():
         Store(path.parent).check_writable()
         return

@@ -51,8 +51,12 @@ def check(loaded: LoadedStudy, store: Store, cluster: Local) -> None:
     """BadInput, a line a mistake, unless every trial of the study could start now."""
     if waiting := [trial_id for trial_id, s in standings(store, loaded.name).trials.items() if s.live and s.entry.token]:
         raise BadInput(f"{loaded.name}: {len(waiting)} of its trials are queued or running in SLURM; wait, or: wrbench study cancel")
-    any_trial(loaded).micro_batch_size(world_size(loaded, cluster))
+    any_trial(loaded).micro_batch_size(ranks := world_size(loaded, cluster))
     checked(loaded.workload.data, loaded.workload.evaluation.test)
+    if ranks > 1 and not {"?", "#"}.isdisjoint(str(store.root)):
+        raise BadInput(
+            f"--store {store.root}: ranks meet at a file in it, which torch does not find below a name with ? or #; another --store"
+        )
     store.check_writable()
     tracking.check_store(store)
 

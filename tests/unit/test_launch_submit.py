@@ -103,6 +103,15 @@ def test_a_tracking_store_that_cannot_be_is_refused_before_anything_starts(
     assert not (tmp_path / ended.name / "code").exists()
 
 
+def test_several_ranks_cannot_meet_below_a_name_that_torch_cuts(ended: LoadedStudy, tmp_path: Path) -> None:
+    """As it would an address: at the first ? or #."""
+    store = Store(tmp_path / "C#" / "runs")
+    with pytest.raises(BadInput, match=r"^--store .*/C#/runs: ranks meet "):
+        submit.check(ended, store, Local(executor="local", ranks=2))
+    submit.check(ended, store, Local(executor="local", ranks=1))
+    submit.check(ended, store, Local(executor="debug", ranks=2))
+
+
 def test_a_second_submission_names_the_first(ended: LoadedStudy, tmp_path: Path, wrbench: Command) -> None:
     with Submitter(tmp_path / ended.name).lock():
         code, out, err = wrbench("study", "submit", ended.source, "--store", tmp_path)
