@@ -27,7 +27,7 @@ import yaml
 from harness import tracking
 from harness.config import BadInput, Frozen, Name, Shape, Slurm, Trial, Whole, parse
 from harness.data.index import checked
-from harness.store import Store, write_atomically
+from harness.store import ENDED, RETRIED, Store, write_atomically
 from harness.study import LoadedStudy, Planned, planned
 from launch import slurm, snapshot
 from launch.ledger import Ledger, Submitter, line
@@ -113,12 +113,12 @@ class Work:
         self.notes: list[str] = []
         for trial in (p.trial for p in self.plan if p.trial is not None):
             s = self.standings.trials.get(trial.trial_id)
-            if s is None or not (s.live or s.state in ("finished", "diverged", "failed", "exhausted")):
+            if s is None or not (s.live or s.state in ENDED):
                 if s is not None and (starts := _fruitless(s)) > cluster.max_retries and not retry:
                     self.problems.append(f"{label(trial)}: {starts} submissions without a new checkpoint; run it again with --retry")
                 else:
                     self.missing.append(trial)
-            elif s.state in ("failed", "exhausted"):
+            elif s.state in RETRIED:
                 if retry:
                     self.missing.append(trial)
                 else:

@@ -22,7 +22,7 @@ from typing import Any
 from harness import schedule, tracking
 from harness.config import BadInput, Cluster, Local, Slurm, Trial
 from harness.data.index import checked
-from harness.store import ENDED, Store, TrialFolder, TrialState, write_atomically
+from harness.store import ENDED, RETRIED, Store, TrialFolder, TrialState, write_atomically
 from harness.study import LoadedStudy, Planned, planned
 from launch import snapshot
 from launch.job import Job
@@ -132,9 +132,9 @@ class Submission:
                 line = None
             if line is not None or state.state == "running":
                 self._adopt(trial, folder, line)
-            elif state.state == "failed" and not self.retry:
-                self.problems.append(f"{label(trial)}: failed before: {state.last_error}; run it again with --retry")
-            elif state.state not in ENDED or state.state == "failed":
+            elif state.state in RETRIED and not self.retry:
+                self.problems.append(f"{label(trial)}: {state.state} before: {state.last_error}; run it again with --retry")
+            elif state.state not in ENDED_WELL:
                 folder.write_config(trial)
                 self.ledger.append("queued", trial, folder.newest_attempt() + 1, code=self.code.name)
                 self.queue.append(trial)
@@ -309,7 +309,7 @@ def dry_run(loaded: LoadedStudy, store: Store, phase: str | None, retry: bool) -
         if phase not in (None, r.phase):
             continue
         name = f"{r.arm} seed {r.seed} {r.trial_id or '(decided by the search)'}"
-        if r.state in ("finished", "diverged", "running", "queued") or (r.state in ("failed", "exhausted") and not retry):
+        if r.state in ("finished", "diverged", "running", "queued") or (r.state in RETRIED and not retry):
             lines.append(f"skip    {name}: {r.state}")
         else:
             lines.append(f"{'later ' if r.trial_id is None else 'submit'}  {name}: {r.state} at step {r.step} of {r.total_steps}")

@@ -28,7 +28,7 @@ from typing import Any
 
 from harness import journal, tracking
 from harness.config import Trial
-from harness.store import Store, TrialFolder, TrialState, close
+from harness.store import RETRIED, Store, TrialFolder, TrialState, close
 from launch import failure, slurm
 from launch.array import Submission
 from launch.ledger import Entry, Ledger
@@ -121,7 +121,7 @@ class Supervisor:
                     elif end.kind == "node":  # perhaps there are better ones
                         delivering.close()
                         return self._requeue(end.kind, trial, folder)
-            given_up += folder.state().state in ("failed", "exhausted")
+            given_up += folder.state().state in RETRIED
         return 1 if given_up else 0
 
     def _wait_for_room(self, folder: TrialFolder) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.config import Backend, BadInput, Local, Trial
-from harness.store import Store
+from harness.store import Store, close
 from harness.study import LoadedStudy, planned
 from launch import submit
 from launch.ledger import Submitter
@@ -74,6 +74,27 @@ def ended(tmp_path: Path, mnist5k: Path) -> LoadedStudy:
     for place, one in enumerate(searched(loaded)):
         write_trial(store, one, {1: "failed", 2: "diverged"}.get(place, "finished"), until=0.4 if place in (1, 2) else 1.0)
     return loaded
+
+
+def test_an_exhausted_trial_is_run_again_by_retry_alone(tmp_path: Path) -> None:
+    """SLURM's supervisor gave it up; here it goes on."""
+    store = Store(tmp_path)
+    loaded = write_study(store, STUDY | {"finalists": None})
+    one = searched(loaded)[0]
+    write_trial(store, one, "interrupted", until=0.4)
+    assert close(store.trial(loaded.name, one.trial_id), "exhausted", "the time limit came 21 times")
+
+    def work(retry: bool) -> Submission:
+        with Stop() as stop:
+            made = Submission(loaded, store, Local(executor="local"), Lines(console()), stop, phase=None, retry=retry)
+            made.code = tmp_path / "code"
+            made._enqueue({})
+        return made
+
+    (problem,) = work(retry=False).problems
+    assert "exhausted before: the time limit came 21 times; run it again with --retry" in problem
+    again = work(retry=True)
+    assert one.trial_id in {t.trial_id for t in again.queue} and not again.problems
 
 
 def test_what_mlflow_could_not_be_given_is_a_warning(
