@@ -22,7 +22,7 @@ from typing import Any
 from harness import schedule, tracking
 from harness.config import BadInput, Cluster, Local, Slurm, Trial
 from harness.data.index import checked
-from harness.store import ENDED, RETRIED, Store, TrialFolder, TrialState, write_atomically
+from harness.store import ENDED, ENDED_WELL, RETRIED, Store, TrialFolder, TrialState, write_atomically
 from harness.study import LoadedStudy, Planned, planned
 from launch import snapshot
 from launch.job import Job
@@ -30,7 +30,7 @@ from launch.ledger import Ledger, Submitter, is_alive
 from launch.local import SECONDS_TO_SAVE, Running, Stop, deaf_to_the_terminal, places, saved, visible_gpus, wind_down
 from launch.progress import Snapshot, View, view
 from launch.standing import standings
-from launch.status import ENDED_WELL, label, last_error, rows
+from launch.status import label, last_error, rows
 
 # ------------------------------------------------------------------------------- before anything is written
 
@@ -186,7 +186,7 @@ class Submission:
         self.ledger.append("ended", trial, running.attempt, **fields)
         for leftover in running.folder.logs.glob("*.rendezvous"):
             leftover.unlink(missing_ok=True)
-        if state.state in ("finished", "diverged"):
+        if state.state in ENDED_WELL:
             holdout = state.answer.get("anytime/holdout_top1")
             self.view.say(f"{label(trial)}: {state.state}" + (f", holdout/top1 {holdout:.3f}" if holdout is not None else ""))
         elif not self.stop.asked:
@@ -224,7 +224,7 @@ class Submission:
         states = {p.trial.trial_id: (p.arm, self.states[p.trial.trial_id]) for p in self.plan if p.trial is not None}
         finished = [(arm, s.answer.get("anytime/holdout_top1")) for arm, s in states.values() if s.state == "finished"]
         best = max(((value, arm) for arm, value in finished if value is not None), default=None)
-        over = {trial_id for trial_id, (_, s) in states.items() if s.state in ("finished", "diverged")}
+        over = {trial_id for trial_id, (_, s) in states.items() if s.state in ENDED_WELL}
         running = len(self.running.keys() - over)  # a job is still there a moment after its trial has ended
         return Snapshot(
             steps=sum(self._steps(ENDED_WELL)),
@@ -309,7 +309,7 @@ def dry_run(loaded: LoadedStudy, store: Store, phase: str | None, retry: bool) -
         if phase not in (None, r.phase):
             continue
         name = f"{r.arm} seed {r.seed} {r.trial_id or '(decided by the search)'}"
-        if r.state in ("finished", "diverged", "running", "queued") or (r.state in RETRIED and not retry):
+        if r.state in (*ENDED_WELL, "running", "queued") or (r.state in RETRIED and not retry):
             lines.append(f"skip    {name}: {r.state}")
         else:
             lines.append(f"{'later ' if r.trial_id is None else 'submit'}  {name}: {r.state} at step {r.step} of {r.total_steps}")
