@@ -90,6 +90,7 @@ Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(gt=0, le=1)]
+Epochs = Annotated[Number, Field(le=100_000)]  # far beyond, the number of steps overflows
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80, examples=["AdamWR"])]
 
 
@@ -295,7 +296,7 @@ class Recipe(Frozen):
 
 
 class Budget(Frozen):
-    epochs: Number = Field(gt=0, le=100_000, description="passes over the samples trained on", examples=[7])
+    epochs: Epochs = Field(gt=0, description="passes over the samples trained on", examples=[7])
     global_batch_size: Whole = Field(ge=1, description="samples an optimizer step, over all ranks", examples=[100])
 
 
@@ -473,7 +474,7 @@ class Decoupled(Frozen):
 
 
 class _Warmed(Frozen):
-    warmup_epochs: Number = Field(
+    warmup_epochs: Epochs = Field(
         0.0, ge=0, description="eta *= min(1, (step+1)/warm-up steps); moves no cycle end, scales decoupled decay too", examples=[0.5]
     )
 
@@ -484,7 +485,7 @@ class Constant(_Warmed):
 
 class Step(_Warmed):
     name: Literal["step"]
-    milestones: tuple[Annotated[Number, Field(gt=0)], ...] = Field(description="epochs at which eta *= gamma", examples=[[30, 60, 80]])
+    milestones: tuple[Annotated[Epochs, Field(gt=0)], ...] = Field(description="epochs at which eta *= gamma", examples=[[30, 60, 80]])
     gamma: Number = Field(0.1, gt=0, le=1, examples=[0.1])
 
     @field_validator("milestones")
@@ -512,8 +513,8 @@ class CosineRestarts(_Warmed):
     """SGDR: T_0 = t_0 epochs, T_{i+1} = t_mult*T_i, eta from 1 towards eta_min in every cycle."""
 
     name: Literal["cosine_restarts"]
-    t_0: Number = Field(gt=0, description="epochs of the first cycle", examples=[1])
-    t_mult: Number = Field(1.0, ge=1, examples=[2])
+    t_0: Epochs = Field(gt=0, description="epochs of the first cycle", examples=[1])
+    t_mult: Number = Field(1.0, ge=1, le=100_000, examples=[2])
     eta_min: EtaMin = 0.0
     reset_moments: bool = Field(False, description="true: every cycle starts with the optimizer's moments at zero; the paper keeps them")
 

@@ -394,7 +394,7 @@ def fields(arm: Arm, point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if "optimizer.one_minus_beta1" in point:
         beta1 = float(f"{1 - float(point['optimizer.one_minus_beta1']):.15g}")
         if optimizer.get("name") == "adam":
-            optimizer["betas"] = [beta1, *optimizer.get("betas", (None, DEFAULT_BETA2))[1:]]
+            optimizer["betas"] = [beta1, *(optimizer.get("betas") or (None, DEFAULT_BETA2))[1:]]
         else:
             optimizer["momentum"] = beta1
     if "optimizer.effective_lr" in point:

@@ -42,6 +42,16 @@ SUPPORTED = (
             {"budget": {"epochs": 1, "global_batch_size": 5000}},
             "budget.global_batch_size: 5000 must be at most the 3500 samples trained on; e.g. 100",
         ),
+        (
+            {"schedule": {"name": "cosine_restarts", "t_0": 1e308}},
+            "schedule.t_0: 1e+308 must be less than or equal to 100000; e.g. 1",
+        ),
+        (
+            {"schedule": {"name": "cosine_restarts", "t_0": 1, "t_mult": 1e308}},
+            "schedule.t_mult: 1e+308 must be less than or equal to 100000",
+        ),
+        ({"schedule": {"name": "cosine", "warmup_epochs": 1e308}}, "schedule.warmup_epochs: 1e+308 must be less than or equal to 100000"),
+        ({"schedule": {"name": "step", "milestones": [1e308]}}, "schedule.milestones.0: 1e+308 must be less than or equal to 100000"),
         ({"backend": {"zero_stage": 4}}, "backend.zero_stage: 4 must be 0, 1, 2 or 3; e.g. 1"),
         ({"backend": {"zero_stage": 3}}, f"backend.zero_stage: 3 is not supported by ddp; {SUPPORTED}"),
         ({"backend": {"name": "fsdp", "zero_stage": 1}}, f"backend.zero_stage: 1 is not supported by fsdp; {SUPPORTED}"),
