@@ -1051,6 +1051,10 @@ class Local(Frozen):
     max_parallel: Whole = Field(1, ge=1, description="trials at a time", examples=[1])
     timeout_minutes: Whole = Field(1440, ge=1, description="of one job; submitit's own default is two minutes", examples=[1440])
 
+    def of_phase(self, phase: str) -> Local:
+        """The same in every phase."""
+        return self
+
 
 def _one_word(value: str) -> str:
     if len(value.split()) != 1 or value.strip() != value:

@@ -28,7 +28,7 @@ from harness import tracking
 from harness.config import BadInput, Frozen, Name, Shape, Slurm, Trial, Whole, parse
 from harness.data.index import checked
 from harness.store import ENDED, RETRIED, Store, write_atomically
-from harness.study import LoadedStudy, Planned, planned
+from harness.study import LoadedStudy, Planned, first_trial, planned
 from launch import slurm, snapshot
 from launch.ledger import Ledger, Submitter, line
 from launch.standing import Standing, Standings, job_name, queue, standings
@@ -75,22 +75,15 @@ def check(loaded: LoadedStudy, store: Store, cluster: Slurm) -> None:
     checked(loaded.workload.data, loaded.workload.evaluation.test)
     store.check_writable()
     tracking.check_store(store)
-    for phase, _ in _of_each_phase(loaded):
+    for phase in loaded.phases:
         sbatch.check(cluster.of_phase(phase))
 
 
 def check_ranks(loaded: LoadedStudy, cluster: Slurm) -> None:
     """BadInput unless every trial's batch can be split over the ranks it would get."""
-    for phase, trial in _of_each_phase(loaded):
+    trial = first_trial(loaded)
+    for phase in loaded.phases:
         trial.micro_batch_size(shape_of(loaded, cluster, phase).ranks)
-
-
-def _of_each_phase(loaded: LoadedStudy) -> Iterator[tuple[str, Trial]]:
-    """Batch and budget are the same in all of them."""
-    trial = next(p.trial for p in planned(loaded, {}) if p.trial is not None)
-    yield "search", trial
-    if loaded.study.finalists is not None:
-        yield "finalists", trial
 
 
 def shape_of(loaded: LoadedStudy, cluster: Slurm, phase: str) -> Shape:

@@ -23,7 +23,7 @@ from harness import schedule, tracking
 from harness.config import BadInput, Cluster, Local, Slurm, Trial
 from harness.data.index import checked
 from harness.store import ENDED, ENDED_WELL, RETRIED, Store, TrialFolder, TrialState, write_atomically
-from harness.study import LoadedStudy, Planned, planned
+from harness.study import LoadedStudy, Planned, first_trial, planned
 from launch import snapshot
 from launch.job import Job
 from launch.ledger import Ledger, Submitter, is_alive
@@ -35,13 +35,9 @@ from launch.status import label, last_error, rows
 # ------------------------------------------------------------------------------- before anything is written
 
 
-def any_trial(loaded: LoadedStudy) -> Trial:
-    """The first of the search; data, budget and backend are the same in all."""
-    return next(p.trial for p in planned(loaded, {}) if p.trial is not None)
-
-
-def world_size(loaded: LoadedStudy, cluster: Cluster) -> int:
-    """Processes a trial: one in the debug executor, else as the study says, else as the cluster file says."""
+def world_size(loaded: LoadedStudy, cluster: Cluster, phase: str = "search") -> int:
+    """Processes a trial of that phase: one in the debug executor, else as the study says, else as the cluster file says."""
+    cluster = cluster.of_phase(phase)
     if isinstance(cluster, Slurm):
         return cluster.shape(loaded.study.ranks).ranks
     return 1 if cluster.executor == "debug" else loaded.study.ranks or cluster.ranks
@@ -51,7 +47,7 @@ def check(loaded: LoadedStudy, store: Store, cluster: Local) -> None:
     """BadInput, a line a mistake, unless every trial of the study could start now."""
     if waiting := [trial_id for trial_id, s in standings(store, loaded.name).trials.items() if s.live and s.entry.token]:
         raise BadInput(f"{loaded.name}: {len(waiting)} of its trials are queued or running in SLURM; wait, or: wrbench study cancel")
-    any_trial(loaded).micro_batch_size(ranks := world_size(loaded, cluster))
+    first_trial(loaded).micro_batch_size(ranks := world_size(loaded, cluster))
     checked(loaded.workload.data, loaded.workload.evaluation.test)
     if ranks > 1 and not {"?", "#"}.isdisjoint(str(store.root)):
         raise BadInput(
@@ -79,7 +75,7 @@ class Submission:
         if gpus and not self.places[0]:
             view.say(f"{self.ranks} ranks a trial and {len(gpus)} GPU(s): training on the CPU; for the GPUs --set ranks={len(gpus)}")
         self.free = list(range(len(self.places)))
-        self.steps_a_trial = schedule.total_steps(any_trial(loaded))
+        self.steps_a_trial = schedule.total_steps(first_trial(loaded))
         self.queue: deque[Trial] = deque()
         self.running: dict[str, Running] = {}
         self.plan: list[Planned] = []
