@@ -283,7 +283,7 @@ def shortcomings(loaded: LoadedStudy, store: Store) -> list[str]:
 
 def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # else three digits would be written 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

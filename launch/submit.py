@@ -16,7 +16,7 @@ import traceback
 import uuid
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from harness import schedule, tracking
@@ -327,7 +327,8 @@ def cancel(loaded: LoadedStudy, store: Store) -> list[str]:
         host, pid = holder
         if host != socket.gethostname():
             raise BadInput(f"{loaded.name}: its submitter is process {pid} on {host}; cancel it there")
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it ended this moment
+            os.kill(pid, signal.SIGTERM)
         said.append(f"stopped the submitter, process {pid}")
         patience = time.monotonic() + SECONDS_TO_SAVE + 30
         while submitter.holder() == holder and time.monotonic() < patience:

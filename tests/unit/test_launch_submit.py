@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,11 +15,11 @@ from harness.store import Store, close
 from harness.study import LoadedStudy, planned
 from launch import submit
 from launch.ledger import Submitter
-from launch.local import Stop, deaf_to_the_terminal, places, visible_gpus
+from launch.local import Running, Stop, deaf_to_the_terminal, places, visible_gpus
 from launch.plan import cycle_end_epochs, measured_seconds_per_step
 from launch.progress import Lines
 from launch.submit import Submission
-from launch.terminal import console, duration
+from launch.terminal import console, duration, table
 from tests.synthetic import STUDY, write_study, write_trial
 from tests.trials import trial
 from tests.unit.conftest import Command
@@ -169,6 +170,26 @@ def test_stop_counts_signals_and_gives_them_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.fixture
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_a_job_that_ends_before_it_is_told_to_is_no_error(tmp_path: Path, gone: int) -> None:
+    one = trial()
+    seen_alive = SimpleNamespace(done=lambda: False)
+    Running(one, Store(tmp_path).trial(one.study, one.trial_id), None, 1, {"job_id": str(gone)}, seen_alive).signal(signal.SIGTERM)
+
+
+def test_nor_is_a_submitter(ended: LoadedStudy, tmp_path: Path, gone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    holders = iter([(socket.gethostname(), gone), None])
+    monkeypatch.setattr(Submitter, "holder", lambda self: next(holders))
+    assert submit.cancel(ended, Store(tmp_path)) == [f"stopped the submitter, process {gone}"]
+
+
 def test_children_are_deaf_to_the_terminal_and_this_process_is_not() -> None:
     asks = "import signal; print(sorted(s.name for s in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
     with deaf_to_the_terminal():
@@ -205,6 +226,17 @@ def test_cost_is_measured_on_finished_trials_like_these(tmp_path: Path) -> None:
     assert [measured_seconds_per_step(other, 2, store) for other in others] == [None] * 4
     patient = one.model_copy(update={"backend": Backend(timeout_seconds=100)})
     assert measured_seconds_per_step(patient, 2, store) is not None
+
+
+def test_columns_are_apart_where_their_names_have_spaces() -> None:
+    def header(*columns: str) -> str:
+        out = console()
+        with out.capture() as captured:
+            out.print(table(columns, [["1", "2"]]))
+        return captured.get().splitlines()[0].rstrip()
+
+    assert header("seed sd", "difference") == "seed sd  difference"
+    assert header("arm", "seed") == "arm seed"
 
 
 def test_durations_for_people() -> None:
