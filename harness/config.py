@@ -350,6 +350,7 @@ class Workload(Frozen):
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         size, model, ramp = self.data.image_size, self.model.name, self.recipe.resolution
+        least = LEAST_SIZE.get(model, 8)
         if model == "vit_s16" and size % 16:
             raise ValueError(f"data.image_size: {size} is no multiple of {model}'s patches of 16 pixels; e.g. {-(-size // 16) * 16}")
         border = self.recipe.border
@@ -368,8 +369,8 @@ class Workload(Frozen):
             "recipe.resolution.start": ramp.start if ramp else None,
         }
         for key, value in sizes.items():
-            if value is not None and value < LEAST_SIZE.get(model, 8):
-                raise ValueError(f"{key}: {value} is too small for {model}; e.g. {LEAST_SIZE[model]}")
+            if value is not None and value < least:
+                raise ValueError(f"{key}: {value} is too small for {model}; e.g. {least}")
         if ramp is None:
             return self
         if self.recipe.crop is None:
@@ -385,7 +386,7 @@ class Workload(Frozen):
             smaller = size - ramp.multiple
             raise ValueError(
                 f"recipe.resolution.start: {ramp.start} must be below data.image_size, {size}, where it ends; "
-                + (f"e.g. {smaller}" if smaller >= 8 else "leave resolution out")
+                + (f"e.g. {smaller}" if smaller >= least else "leave resolution out")
             )
         return self
 
@@ -1081,6 +1082,10 @@ OURS = {
 """sbatch's options that wrbench gives itself, and the key of a cluster file that stands for each"""
 
 
+OF_CHAIN = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "time_minutes": 60, "signal_lead_seconds": 60}
+"""what the job of --chain asks for, beside partition, account and the like; on one CPU, and for the partition's memory"""
+
+
 class Slurm(Frozen):
     """configs/cluster/NAME.yaml for a SLURM cluster. What a site does not ask for is left out of the script."""
 
@@ -1090,7 +1095,7 @@ class Slurm(Frozen):
     tasks_per_node: Whole | None = Field(None, ge=1, description="of a full node; null: gpus_per_node, or without GPUs one", examples=[8])
     cpus_per_task: Whole = Field(1, ge=1, examples=[8])
     threads_per_rank: Whole = Field(1, ge=1, description="CPU threads of torch in each rank; part of bit-equality on CPU", examples=[1])
-    mem_gb: Number | None = Field(None, gt=0, le=100_000, description="memory a node; null: the partition's default", examples=[64])
+    mem_gb: Number | None = Field(None, ge=0.001, le=100_000, description="memory a node; null: the partition's default", examples=[64])
     time_minutes: Whole = Field(ge=1, description="limit of one life of a job; it is requeued and goes on", examples=[720])
     partition: Word | None = Field(None, examples=["gpu"])
     account: Word | None = Field(None, examples=["vision"])
@@ -1151,11 +1156,13 @@ class Slurm(Frozen):
         return self
 
     def of_phase(self, phase: str) -> Slurm:
-        """What holds for the trials of a phase: this, with its overrides. Raises ValueError for one that cannot be."""
+        """What holds for the trials of a phase, or for the job of --chain: this, with its overrides. Raises ValueError for one that
+        cannot be."""
         own: dict[str, Any] = {**self.overrides}.get(phase, {})  # type: ignore[call-overload]
         if unknown := sorted(set(own) - (set(type(self).model_fields) - {"executor", "overrides"})):
             raise ValueError(f"overrides.{phase}.{unknown[0]}: unknown key")
-        document = self.model_dump(exclude_unset=True, exclude={"overrides"}) | own
+        trials_only, first = ({"gpus_per_node", "mem_gb"}, OF_CHAIN) if phase == "chain" else (set(), {})
+        document = self.model_dump(exclude_unset=True, exclude={"overrides", *trials_only}) | first | own
         try:
             return Slurm.model_validate(document)
         except ValidationError as error:
@@ -1163,7 +1170,7 @@ class Slurm(Frozen):
 
     def shape(self, ranks: int | None) -> Shape:
         """The nodes and tasks that a trial of `ranks` processes takes. Raises BadInput when they do not fill nodes evenly."""
-        full = self.tasks_per_node or self.gpus_per_node or (ranks if ranks is not None and self.nodes == 1 else 1) or 1
+        full = self.tasks_per_node or self.gpus_per_node or (ranks if ranks is not None and self.nodes == 1 else 1)
         if ranks is None:
             return Shape(self.nodes, full, self.gpus_per_node and full, self)
         nodes = -(-ranks // full)

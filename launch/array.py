@@ -179,8 +179,6 @@ def _submit(
 ) -> tuple[int, bool, bool]:
     """As `submit`, once; at the end, whether another try could succeed."""
     check(loaded, store, cluster)
-    if chain:
-        _of_chain(cluster)
     ledger = Ledger(store.study(loaded.name))
     with Submitter(store.study(loaded.name)).lock(PATIENCE) as ours:
         if not ours:
@@ -286,8 +284,8 @@ def _submit_array(loaded: LoadedStudy, store: Store, shape: Shape, trials: list[
             for t in trials
         ]
 
-    ledger.extend(lines("queued"))
     made = sbatch.executor(folder, shape, job_name(loaded.name), token, _setup(code), len(tasks))
+    ledger.extend(lines("queued"))
     array = _call(made, _command("launch.task", str(folder)), job_name(loaded.name), token)
     if isinstance(array, slurm.SlurmError):
         ledger.extend(lines("withdrawn"))
@@ -375,7 +373,7 @@ def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[s
     (folder / "chain.json").write_text(now["chain.json"])
     dependency = "afterany:" + ":".join(arrays) if arrays else None
     slurm.cancel([task.job_id for task in earlier])  # first: there may be room for one only
-    made = sbatch.executor(folder, _of_chain(cluster).shape(1), name, token, _setup(code), None, dependency)
+    made = sbatch.executor(folder, cluster.of_phase("chain").shape(1), name, token, _setup(code), None, dependency)
     if not arrays:
         made.parameters["additional_parameters"] |= {"begin": "now+10minutes"}
     job = _call(made, _command("launch", *arguments, *(["--phase", phase] if phase else [])), name, token)
@@ -384,13 +382,6 @@ def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[s
         raise job
     when = f"when {', '.join(arrays)} have ended" if arrays else "in ten minutes, when there may be room"
     print(f"job {job} goes on {when}: {folder}")
-
-
-def _of_chain(cluster: Slurm) -> Slurm:
-    """What the chain's job asks for; BadInput where its overrides cannot be."""
-    own = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "time_minutes": 60, "signal_lead_seconds": 60}
-    asked = cluster.model_dump(exclude_unset=True, exclude={"overrides", "gpus_per_node", "mem_gb"})
-    return parse(Slurm, asked | own | dict(cluster.overrides.get("chain", {})), "cluster: overrides.chain")
 
 
 def _has(folder: Path, files: Mapping[str, str]) -> bool:

@@ -219,6 +219,14 @@ def test_resize_and_crop() -> None:
             "workload.recipe.resolution.start: 160 must be below data.image_size, 160, where it ends; e.g. 128",
         ),
         (
+            {
+                "model": "convnext_tiny",
+                "data": {"image_size": 32},
+                "recipe": {"crop": {}, "resolution": {"start": 32, "epochs": [0, 3], "multiple": 8}},
+            },
+            "workload.recipe.resolution.start: 32 must be below data.image_size, 32, where it ends; leave resolution out",
+        ),
+        (
             {"recipe": {"crop": {}, "resolution": {"start": 20, "epochs": [0, 3]}}},
             "workload.recipe.resolution.multiple: 32 must divide start, 20, and data.image_size, 28; e.g. 4",
         ),
