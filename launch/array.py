@@ -456,9 +456,9 @@ def _submission(store: Store, study: str, standing: Standing) -> Path:
     return store.study(study) / "submissions" / str(standing.entry.token)
 
 
-def _wait_until_gone(name: str, job_ids: Sequence[str], seconds: float = 60.0) -> None:
+def _wait_until_gone(name: str, job_ids: Sequence[str]) -> None:
     """Returns when the jobs have left the queue; cancels what is still there in the end."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + 60
     while left := [t.job_id for t in slurm.queue(name) if t.job_id in job_ids]:
         if time.monotonic() > until:
             slurm.cancel(left)

@@ -243,9 +243,10 @@ def test_run_id_is_known_from_the_folder_alone(store: Store) -> None:
     assert tracking.run_id(folder) is None
 
 
-def test_a_study_without_journals_needs_no_mlflow(store: Store) -> None:
-    assert tracking.deliver(store, "s", tracking_uri="http://127.0.0.1:9") == tracking.Delivered(0, 0)
-    assert tracking.missing(store, "s", "http://127.0.0.1:9") == []
+def test_a_study_without_journals_needs_no_mlflow(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert tracking.deliver(store, "s") == tracking.Delivered(0, 0)
+    assert tracking.missing(store, "s") == []
 
 
 def _ask(path: Path, enough: Event) -> None:
