@@ -79,7 +79,7 @@ def measure(trial: Trial, steps: int, rounds: int, progress: Callable[[int, int]
     """`rounds` rounds of `steps` steps of each kind, after one round that is not counted. Collective."""
     with joined(trial.backend.timeout_seconds) as ranks, numerics.switched(trial.backend):
         recipe = trial.workload.recipe
-        data = loader.open_data(trial.workload.data, recipe.crop is not None or recipe.augment is not None, label_noise=recipe.label_noise)
+        data = loader.open_data(trial.workload.data, recipe)
         torch.empty(LARGE, dtype=torch.uint8)
         ours, bare = engine.build(trial, ranks), _bare(trial, ranks)
         images, labels = next(_batches(data, trial, ranks))

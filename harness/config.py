@@ -90,6 +90,7 @@ Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(gt=0, le=1)]
+Epochs = Annotated[Number, Field(le=100_000)]  # far beyond, the number of steps overflows
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=80, examples=["AdamWR"])]
 
 
@@ -295,7 +296,7 @@ class Recipe(Frozen):
 
 
 class Budget(Frozen):
-    epochs: Number = Field(gt=0, le=100_000, description="passes over the samples trained on", examples=[7])
+    epochs: Epochs = Field(gt=0, description="passes over the samples trained on", examples=[7])
     global_batch_size: Whole = Field(ge=1, description="samples an optimizer step, over all ranks", examples=[100])
 
 
@@ -349,6 +350,7 @@ class Workload(Frozen):
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         size, model, ramp = self.data.image_size, self.model.name, self.recipe.resolution
+        least = LEAST_SIZE.get(model, 8)
         if model == "vit_s16" and size % 16:
             raise ValueError(f"data.image_size: {size} is no multiple of {model}'s patches of 16 pixels; e.g. {-(-size // 16) * 16}")
         border = self.recipe.border
@@ -367,8 +369,8 @@ class Workload(Frozen):
             "recipe.resolution.start": ramp.start if ramp else None,
         }
         for key, value in sizes.items():
-            if value is not None and value < LEAST_SIZE.get(model, 8):
-                raise ValueError(f"{key}: {value} is too small for {model}; e.g. {LEAST_SIZE[model]}")
+            if value is not None and value < least:
+                raise ValueError(f"{key}: {value} is too small for {model}; e.g. {least}")
         if ramp is None:
             return self
         if self.recipe.crop is None:
@@ -384,7 +386,7 @@ class Workload(Frozen):
             smaller = size - ramp.multiple
             raise ValueError(
                 f"recipe.resolution.start: {ramp.start} must be below data.image_size, {size}, where it ends; "
-                + (f"e.g. {smaller}" if smaller >= 8 else "leave resolution out")
+                + (f"e.g. {smaller}" if smaller >= least else "leave resolution out")
             )
         return self
 
@@ -473,7 +475,7 @@ class Decoupled(Frozen):
 
 
 class _Warmed(Frozen):
-    warmup_epochs: Number = Field(
+    warmup_epochs: Epochs = Field(
         0.0, ge=0, description="eta *= min(1, (step+1)/warm-up steps); moves no cycle end, scales decoupled decay too", examples=[0.5]
     )
 
@@ -484,7 +486,7 @@ class Constant(_Warmed):
 
 class Step(_Warmed):
     name: Literal["step"]
-    milestones: tuple[Annotated[Number, Field(gt=0)], ...] = Field(description="epochs at which eta *= gamma", examples=[[30, 60, 80]])
+    milestones: tuple[Annotated[Epochs, Field(gt=0)], ...] = Field(description="epochs at which eta *= gamma", examples=[[30, 60, 80]])
     gamma: Number = Field(0.1, gt=0, le=1, examples=[0.1])
 
     @field_validator("milestones")
@@ -512,8 +514,8 @@ class CosineRestarts(_Warmed):
     """SGDR: T_0 = t_0 epochs, T_{i+1} = t_mult*T_i, eta from 1 towards eta_min in every cycle."""
 
     name: Literal["cosine_restarts"]
-    t_0: Number = Field(gt=0, description="epochs of the first cycle", examples=[1])
-    t_mult: Number = Field(1.0, ge=1, examples=[2])
+    t_0: Epochs = Field(gt=0, description="epochs of the first cycle", examples=[1])
+    t_mult: Number = Field(1.0, ge=1, le=100_000, examples=[2])
     eta_min: EtaMin = 0.0
     reset_moments: bool = Field(False, description="true: every cycle starts with the optimizer's moments at zero; the paper keeps them")
 
@@ -1055,6 +1057,10 @@ class Local(Frozen):
     max_parallel: Whole = Field(1, ge=1, description="trials at a time", examples=[1])
     timeout_minutes: Whole = Field(1440, ge=1, description="of one job; submitit's own default is two minutes", examples=[1440])
 
+    def of_phase(self, phase: str) -> Local:
+        """The same in every phase."""
+        return self
+
 
 def _one_word(value: str) -> str:
     if len(value.split()) != 1 or value.strip() != value:
@@ -1081,6 +1087,10 @@ OURS = {
 """sbatch's options that wrbench gives itself, and the key of a cluster file that stands for each"""
 
 
+OF_CHAIN = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "time_minutes": 60, "signal_lead_seconds": 60}
+"""what the job of --chain asks for, beside partition, account and the like; on one CPU, and for the partition's memory"""
+
+
 class Slurm(Frozen):
     """configs/cluster/NAME.yaml for a SLURM cluster. What a site does not ask for is left out of the script."""
 
@@ -1090,7 +1100,7 @@ class Slurm(Frozen):
     tasks_per_node: Whole | None = Field(None, ge=1, description="of a full node; null: gpus_per_node, or without GPUs one", examples=[8])
     cpus_per_task: Whole = Field(1, ge=1, examples=[8])
     threads_per_rank: Whole = Field(1, ge=1, description="CPU threads of torch in each rank; part of bit-equality on CPU", examples=[1])
-    mem_gb: Number | None = Field(None, gt=0, le=100_000, description="memory a node; null: the partition's default", examples=[64])
+    mem_gb: Number | None = Field(None, ge=0.001, le=100_000, description="memory a node; null: the partition's default", examples=[64])
     time_minutes: Whole = Field(ge=1, description="limit of one life of a job; it is requeued and goes on", examples=[720])
     partition: Word | None = Field(None, examples=["gpu"])
     account: Word | None = Field(None, examples=["vision"])
@@ -1151,11 +1161,13 @@ class Slurm(Frozen):
         return self
 
     def of_phase(self, phase: str) -> Slurm:
-        """What holds for the trials of a phase: this, with its overrides. Raises ValueError for one that cannot be."""
+        """What holds for the trials of a phase, or for the job of --chain: this, with its overrides. Raises ValueError for one that
+        cannot be."""
         own: dict[str, Any] = {**self.overrides}.get(phase, {})  # type: ignore[call-overload]
         if unknown := sorted(set(own) - (set(type(self).model_fields) - {"executor", "overrides"})):
             raise ValueError(f"overrides.{phase}.{unknown[0]}: unknown key")
-        document = self.model_dump(exclude_unset=True, exclude={"overrides"}) | own
+        trials_only, first = ({"gpus_per_node", "mem_gb"}, OF_CHAIN) if phase == "chain" else (set(), {})
+        document = self.model_dump(exclude_unset=True, exclude={"overrides", *trials_only}) | first | own
         try:
             return Slurm.model_validate(document)
         except ValidationError as error:
@@ -1163,7 +1175,7 @@ class Slurm(Frozen):
 
     def shape(self, ranks: int | None) -> Shape:
         """The nodes and tasks that a trial of `ranks` processes takes. Raises BadInput when they do not fill nodes evenly."""
-        full = self.tasks_per_node or self.gpus_per_node or (ranks if ranks is not None and self.nodes == 1 else 1) or 1
+        full = self.tasks_per_node or self.gpus_per_node or (ranks if ranks is not None and self.nodes == 1 else 1)
         if ranks is None:
             return Shape(self.nodes, full, self.gpus_per_node and full, self)
         nodes = -(-ranks // full)

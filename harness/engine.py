@@ -189,9 +189,9 @@ class Engine(ABC):
     def _forward(self, images: Tensor, last: bool) -> Tensor:
         """Logits; `last`: of the step's last micro-batch."""
 
-    @abstractmethod
     def _backward(self, loss: Tensor, count: int, last: bool) -> None:
         """Adds 1/count of the loss's gradient; after the last one the gradients are means over the ranks."""
+        (loss / count if count > 1 else loss).backward()
 
     @abstractmethod
     def _update(self, lr: float, weight_decay: float) -> None:

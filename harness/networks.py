@@ -40,9 +40,9 @@ class _WideBlock(nn.Module):
         return out + (x if self.skip is None else self.skip(active))
 
 
-def wide_resnet(channels: int, classes: int, norm: Norm, depth: int = 28, width: int = 10) -> nn.Sequential:
+def wide_resnet(channels: int, classes: int, norm: Norm) -> nn.Sequential:
     """WRN-28-10 (arXiv 1605.07146), without dropout: 36.5M parameters with ten classes."""
-    blocks, widths = (depth - 4) // 6, [16, 16 * width, 32 * width, 64 * width]
+    blocks, widths = 4, [16, 160, 320, 640]
     layers: list[nn.Module] = [_conv(channels, 16, 3)]
     for stage, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         for block in range(blocks):
@@ -89,9 +89,9 @@ class _ShakeBlock(nn.Module):
         return out
 
 
-def shake_shake(channels: int, classes: int, norm: Norm, width: int, depth: int = 26) -> nn.Sequential:
+def shake_shake(channels: int, classes: int, norm: Norm, width: int) -> nn.Sequential:
     """Shake-Shake-Image 26 2 x `width`d (arXiv 1705.07485), the networks of the paper."""
-    blocks, widths = (depth - 2) // 6, [16, width, 2 * width, 4 * width]
+    blocks, widths = 4, [16, width, 2 * width, 4 * width]
     layers: list[nn.Module] = [_conv(channels, 16, 3), norm(16)]
     for stage, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         for block in range(blocks):

@@ -20,7 +20,7 @@ NOTE_LIMIT = 8000
 """characters that MLflow takes in a tag"""
 
 
-def publish(store: Store, study: str, tracking_uri: str | None = None) -> bool:
+def publish(store: Store, study: str) -> bool:
     """Makes MLflow's report run hold runs/STUDY/report as it is now; whether anything was sent. Raises DeliveryError, one line.
 
     At every report it is the same run, whose description is the beginning of table.md. The digest of the files, a tag, is written
@@ -33,7 +33,7 @@ def publish(store: Store, study: str, tracking_uri: str | None = None) -> bool:
     with held_alone(store.study(study) / "report.lock", time.monotonic() + PATIENCE) as alone:
         if not alone:
             raise DeliveryError("another process has been sending the report for half a minute")
-        to = open_experiment(store, study, tracking_uri)
+        to = open_experiment(store, study)
         try:
             return _sent(to, study, files)
         except Exception as error:  # MLflow's, requests', of a store of artifacts: whatever it is

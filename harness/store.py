@@ -33,9 +33,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, which a thousand trials make felt
 
+ENDED_WELL = ("finished", "diverged")
+"""states of trials that have a result"""
 RETRIED = ("failed", "exhausted")
 """states of trials that are run again only when somebody asks for it"""
-ENDED = ("finished", "diverged", *RETRIED)
+ENDED = (*ENDED_WELL, *RETRIED)
 """states of trials that do not go on by themselves; the next submission goes on with cancelled ones, as with interrupted ones"""
 
 
@@ -205,7 +207,7 @@ class TrialFolder:
         running = self.is_running()
         record = journal.fold(journal.glance(self.journal))
         state = record.state(running)
-        if state in ("finished", "diverged") and (self._result() or {}).get("state") != state:
+        if state in ENDED_WELL and (self._result() or {}).get("state") != state:
             state = "running" if running else "interrupted"  # killed between the two: the last steps are to be done again
         start: dict[str, Any] = record.starts[-1] if record.starts else {}
         seconds = [p for p in record.points() if p.metric == "time/train_seconds"]

@@ -81,6 +81,10 @@ class LoadedStudy:
     def name(self) -> str:
         return self.study.name
 
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("search",) if self.study.finalists is None else ("search", "finalists")
+
     def text(self) -> str:
         """The study with its workload written out, to be stored beside its trials: later edits of configs do not move it."""
         document = self.study.model_dump(mode="json")
@@ -394,7 +398,7 @@ def fields(arm: Arm, point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if "optimizer.one_minus_beta1" in point:
         beta1 = float(f"{1 - float(point['optimizer.one_minus_beta1']):.15g}")
         if optimizer.get("name") == "adam":
-            optimizer["betas"] = [beta1, *optimizer.get("betas", (None, DEFAULT_BETA2))[1:]]
+            optimizer["betas"] = [beta1, *(optimizer.get("betas") or (None, DEFAULT_BETA2))[1:]]
         else:
             optimizer["momentum"] = beta1
     if "optimizer.effective_lr" in point:
@@ -466,6 +470,13 @@ def resolve(loaded: LoadedStudy, arm_name: str, point: Mapping[str, Any], phase:
         return arm.written(arm_name, axis) + (key.removeprefix(axis) if key.startswith(axis) else "")
 
     return parse(Trial, document, loaded.source, as_written)
+
+
+def first_trial(loaded: LoadedStudy) -> Trial:
+    """Of the search; model, data, budget and backend are the same in all trials."""
+    study = loaded.study
+    name, arm = next(iter(study.arms.items()))
+    return resolve(loaded, name, next(points(name, arm, study)), "search", study.search.seeds[0])
 
 
 def planned(loaded: LoadedStudy, results: Mapping[str, float | None]) -> list[Planned]:

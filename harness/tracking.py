@@ -141,6 +141,8 @@ def check_store(store: Store) -> None:
     if not uri.startswith("sqlite:///"):
         return
     path = Path(uri.removeprefix("sqlite:///"))
+    if is_own(store) and ("?" in uri or urllib.parse.unquote(uri) != uri):
+        raise BadInput(f"--store {store.root}: MLflow takes ? and % in a database's path for parts of an address; another --store")
     if not path.exists():
         Store(path.parent).check_writable()
         return
@@ -301,7 +303,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(redacted(str(error) or type(error).__name__).split())[:600]
 
 
-def open_experiment(store: Store, study: str, uri: str | None) -> Experiment:
+def open_experiment(store: Store, study: str, uri: str | None = None) -> Experiment:
     """The study's experiment, made once, with what MLflow's UI shows of it. Raises DeliveryError."""
     uri = uri or tracking_uri(store)
     # a server knows where its artifacts belong; a bare database does not
@@ -530,12 +532,12 @@ class Missing:
     reason: str
 
 
-def missing(store: Store, study: str, tracking_uri: str | None = None) -> list[Missing]:
+def missing(store: Store, study: str) -> list[Missing]:
     """The trials of which MLflow does not say all that their journals settle, by comparing the two. Raises DeliveryError."""
     folders = _folders(store, study)
     if not folders:
         return []
-    to = open_experiment(store, study, tracking_uri)
+    to = open_experiment(store, study)
     try:
         return [m for m in (_missing_of(to, folder) for folder in folders) if m is not None]
     except BadInput:
@@ -565,19 +567,19 @@ def _missing_of(to: Experiment, folder: TrialFolder) -> Missing | None:
     return Missing(trial_id, 0, f"the run says {said}, the trial {status}") if said != status else None
 
 
-def sync(store: Store, study: str, tracking_uri: str | None = None) -> tuple[Delivered, list[Missing]]:
+def sync(store: Store, study: str) -> tuple[Delivered, list[Missing]]:
     """Delivers, compares with MLflow itself, delivers anew what is missing nevertheless: (what was sent, what is missing still).
 
     The second pass is for a database that lost runs or was restored behind the back of delivered.json.
     """
-    sent = deliver(store, study, tracking_uri=tracking_uri)
-    left = missing(store, study, tracking_uri)
+    sent = deliver(store, study)
+    left = missing(store, study)
     if not left:
         return sent, []
     for trial in left:
         _cursor_file(store.trial(study, trial.trial_id)).unlink(missing_ok=True)
-    again = deliver(store, study, tracking_uri=tracking_uri)
-    return Delivered(max(sent.trials, again.trials), sent.points + again.points, again.failed), missing(store, study, tracking_uri)
+    again = deliver(store, study)
+    return Delivered(max(sent.trials, again.trials), sent.points + again.points, again.failed), missing(store, study)
 
 
 # ------------------------------------------------------------------------------------------ the delivering process

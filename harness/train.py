@@ -38,8 +38,7 @@ def train(trial: Trial, store: Store, stop: StopRequest | None = None, takes_ove
     ):
         recipe = trial.workload.recipe
         test = trial.evaluation.test if trial.phase == "finalists" else None
-        crops = recipe.crop is not None or recipe.augment is not None
-        data = loader.open_data(trial.workload.data, crops, test=test, label_noise=recipe.label_noise)
+        data = loader.open_data(trial.workload.data, recipe, test=test)
         worker = engine.build(trial, ranks)
         resumed = attempt.resume(worker, **data.sha256())
         clock, answer = Clock(trial, ranks, resumed.train_seconds, resumed.wait_seconds), resumed.answer

@@ -88,7 +88,7 @@ def experiment_tags(created: int) -> dict[str, str]:
     return tags
 
 
-def address(server: str, experiment_id: str, view: str = BY_ARM) -> str:
-    """Where a view of a study is. Without the type of workflow a fresh browser is shown traces, of which there are none."""
-    asked = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={view}"
+def address(server: str, experiment_id: str) -> str:
+    """Where a study is, its runs by arm. Without the type of workflow a fresh browser is shown traces, of which there are none."""
+    asked = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={BY_ARM}"
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{asked}"

@@ -25,7 +25,7 @@ from harness.config import CONFIGS, BadInput, Cluster, Slurm, Trial, find, parse
 from harness.journal import NO_ROOM
 from harness.publish import publish
 from harness.store import Store
-from harness.study import LoadedStudy, planned
+from harness.study import LoadedStudy
 from harness.tracking import DeliveryError
 from launch import array as arrays
 from launch import plan as plans
@@ -355,7 +355,7 @@ def bench_train(
     from harness.data.index import checked
 
     loaded = _load(file, overrides)
-    trial = next(p.trial for p in planned(loaded, {}) if p.trial is not None)
+    trial = studies.first_trial(loaded)
     checked(trial.workload.data, None)
     torch.set_num_threads(_threads())
     print(f"{trial.workload.name}, {trial.arm}: {trial.workload.model.name}, batch {trial.budget.global_batch_size}, {trial.backend.name}")

@@ -27,8 +27,8 @@ import yaml
 from harness import tracking
 from harness.config import BadInput, Frozen, Name, Shape, Slurm, Trial, Whole, parse
 from harness.data.index import checked
-from harness.store import Store, write_atomically
-from harness.study import LoadedStudy, Planned, planned
+from harness.store import ENDED, RETRIED, Store, write_atomically
+from harness.study import LoadedStudy, Planned, first_trial, planned
 from launch import slurm, snapshot
 from launch.ledger import Ledger, Submitter, line
 from launch.standing import Standing, Standings, job_name, queue, standings
@@ -75,22 +75,15 @@ def check(loaded: LoadedStudy, store: Store, cluster: Slurm) -> None:
     checked(loaded.workload.data, loaded.workload.evaluation.test)
     store.check_writable()
     tracking.check_store(store)
-    for phase, _ in _of_each_phase(loaded):
+    for phase in loaded.phases:
         sbatch.check(cluster.of_phase(phase))
 
 
 def check_ranks(loaded: LoadedStudy, cluster: Slurm) -> None:
     """BadInput unless every trial's batch can be split over the ranks it would get."""
-    for phase, trial in _of_each_phase(loaded):
+    trial = first_trial(loaded)
+    for phase in loaded.phases:
         trial.micro_batch_size(shape_of(loaded, cluster, phase).ranks)
-
-
-def _of_each_phase(loaded: LoadedStudy) -> Iterator[tuple[str, Trial]]:
-    """Batch and budget are the same in all of them."""
-    trial = next(p.trial for p in planned(loaded, {}) if p.trial is not None)
-    yield "search", trial
-    if loaded.study.finalists is not None:
-        yield "finalists", trial
 
 
 def shape_of(loaded: LoadedStudy, cluster: Slurm, phase: str) -> Shape:
@@ -113,12 +106,12 @@ class Work:
         self.notes: list[str] = []
         for trial in (p.trial for p in self.plan if p.trial is not None):
             s = self.standings.trials.get(trial.trial_id)
-            if s is None or not (s.live or s.state in ("finished", "diverged", "failed", "exhausted")):
+            if s is None or not (s.live or s.state in ENDED):
                 if s is not None and (starts := _fruitless(s)) > cluster.max_retries and not retry:
                     self.problems.append(f"{label(trial)}: {starts} submissions without a new checkpoint; run it again with --retry")
                 else:
                     self.missing.append(trial)
-            elif s.state in ("failed", "exhausted"):
+            elif s.state in RETRIED:
                 if retry:
                     self.missing.append(trial)
                 else:
@@ -186,8 +179,6 @@ def _submit(
 ) -> tuple[int, bool, bool]:
     """As `submit`, once; at the end, whether another try could succeed."""
     check(loaded, store, cluster)
-    if chain:
-        _of_chain(cluster)
     ledger = Ledger(store.study(loaded.name))
     with Submitter(store.study(loaded.name)).lock(PATIENCE) as ours:
         if not ours:
@@ -293,8 +284,8 @@ def _submit_array(loaded: LoadedStudy, store: Store, shape: Shape, trials: list[
             for t in trials
         ]
 
-    ledger.extend(lines("queued"))
     made = sbatch.executor(folder, shape, job_name(loaded.name), token, _setup(code), len(tasks))
+    ledger.extend(lines("queued"))
     array = _call(made, _command("launch.task", str(folder)), job_name(loaded.name), token)
     if isinstance(array, slurm.SlurmError):
         ledger.extend(lines("withdrawn"))
@@ -382,7 +373,7 @@ def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[s
     (folder / "chain.json").write_text(now["chain.json"])
     dependency = "afterany:" + ":".join(arrays) if arrays else None
     slurm.cancel([task.job_id for task in earlier])  # first: there may be room for one only
-    made = sbatch.executor(folder, _of_chain(cluster).shape(1), name, token, _setup(code), None, dependency)
+    made = sbatch.executor(folder, cluster.of_phase("chain").shape(1), name, token, _setup(code), None, dependency)
     if not arrays:
         made.parameters["additional_parameters"] |= {"begin": "now+10minutes"}
     job = _call(made, _command("launch", *arguments, *(["--phase", phase] if phase else [])), name, token)
@@ -391,13 +382,6 @@ def _chain(loaded: LoadedStudy, store: Store, cluster: Slurm, arrays: Sequence[s
         raise job
     when = f"when {', '.join(arrays)} have ended" if arrays else "in ten minutes, when there may be room"
     print(f"job {job} goes on {when}: {folder}")
-
-
-def _of_chain(cluster: Slurm) -> Slurm:
-    """What the chain's job asks for; BadInput where its overrides cannot be."""
-    own = {"nodes": 1, "tasks_per_node": 1, "cpus_per_task": 1, "time_minutes": 60, "signal_lead_seconds": 60}
-    asked = cluster.model_dump(exclude_unset=True, exclude={"overrides", "gpus_per_node", "mem_gb"})
-    return parse(Slurm, asked | own | dict(cluster.overrides.get("chain", {})), "cluster: overrides.chain")
 
 
 def _has(folder: Path, files: Mapping[str, str]) -> bool:
@@ -472,9 +456,9 @@ def _submission(store: Store, study: str, standing: Standing) -> Path:
     return store.study(study) / "submissions" / str(standing.entry.token)
 
 
-def _wait_until_gone(name: str, job_ids: Sequence[str], seconds: float = 60.0) -> None:
+def _wait_until_gone(name: str, job_ids: Sequence[str]) -> None:
     """Returns when the jobs have left the queue; cancels what is still there in the end."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + 60
     while left := [t.job_id for t in slurm.queue(name) if t.job_id in job_ids]:
         if time.monotonic() > until:
             slurm.cancel(left)

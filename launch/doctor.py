@@ -241,9 +241,9 @@ def _decoding() -> Finding:
     return Finding("decoding", "libjpeg" in decode.JPEG, text, "" if "libjpeg" in decode.JPEG else fix)
 
 
-def _rate(once: Callable[[], object], seconds: float = 0.25) -> float:
+def _rate(once: Callable[[], object]) -> float:
     count, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
+    while (spent := time.perf_counter() - start) < 0.25:
         once()
         count += 1
     return count / spent

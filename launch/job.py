@@ -47,7 +47,7 @@ class Job:
             WORLD_SIZE=str(place.num_tasks),
             LOCAL_WORLD_SIZE=str(place.num_tasks // place.num_nodes),
             WRBENCH_JOB_ID=place.job_id,
-            WRBENCH_RENDEZVOUS=self.rendezvous.absolute().as_uri(),
+            WRBENCH_RENDEZVOUS=f"file://{self.rendezvous.absolute()}",  # as it is: torch takes %20 for three characters of a name
         )
         return self.train()
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -118,7 +118,8 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         """To submitit's controller: it forwards SIGTERM to the ranks, and they end when it is killed."""
         if self.job is not None and not self.done():
-            os.kill(int(self.job["job_id"]), number)
+            with suppress(ProcessLookupError):  # it ended this moment
+                os.kill(int(self.job["job_id"]), number)
 
 
 def wind_down(running: Sequence[Running], stop: Stop | None = None) -> None:

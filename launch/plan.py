@@ -16,11 +16,11 @@ from harness.config import BadInput, Cluster, Slurm, Trial
 from harness.data.index import checked
 from harness.data.remote import overflow
 from harness.store import Store
-from harness.study import LoadedStudy, Planned, axis_values, planned, warnings
+from harness.study import LoadedStudy, Planned, axis_values, first_trial, planned, warnings
 from launch import power, scaling
 from launch.local import places, visible_gpus
 from launch.standing import standings
-from launch.submit import any_trial, world_size
+from launch.submit import world_size
 from launch.terminal import duration, table
 
 NOT_MEASURED = "not measured yet"
@@ -80,10 +80,12 @@ def schedule_rows(trial: Trial) -> Iterator[dict[str, Any]]:
 def as_json(loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: bool) -> dict[str, Any]:
     """The mapping of `plan --json`; a pending finalist has neither id nor cycle ends yet."""
     plan = planned(loaded, standings(store, loaded.name).results())
-    per_step = measured_seconds_per_step(any_trial(loaded), world_size(loaded, cluster), store)
-    steps = schedule.total_steps(any_trial(loaded))
+    by_phase = phases(loaded, plan, store, cluster)
+    per_step = {row["phase"]: row["seconds_per_step"] for row in by_phase}
+    steps = schedule.total_steps(first_trial(loaded))
     trials = []
     for p in plan:
+        seconds = per_step[p.phase]
         trials.append(
             {
                 "trial_id": p.trial and p.trial.trial_id,
@@ -93,14 +95,14 @@ def as_json(loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: 
                 "steps": (list(schedule_rows(p.trial)) if p.trial else None) if with_schedule else steps,
                 "cycle_end_epochs": p.trial and cycle_end_epochs(p.trial),
                 "cycle_end_steps": p.trial and schedule.cycle_ends(p.trial),
-                "estimate_seconds": per_step and steps * per_step,
+                "estimate_seconds": seconds and steps * seconds,
             }
         )
     return {
         "study": loaded.name,
         "arms": list(loaded.study.arms),
         "trials": trials,
-        "phases": phases(loaded, plan, store, cluster),
+        "phases": by_phase,
         "scale": scale(loaded, plan, cluster),
         "power": power_rows(loaded),
         "warnings": plan_warnings(loaded, cluster),
@@ -109,21 +111,22 @@ def as_json(loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: 
 
 def phases(loaded: LoadedStudy, plan: Sequence[Planned], store: Store, cluster: Cluster) -> list[dict[str, Any]]:
     """Of each phase its trials, ranks a trial, and GPU-hours of training: hours x ranks as measured, else by the workload's reference."""
-    trial, counts = any_trial(loaded), Counter(p.phase for p in plan)
-    ranks = {phase: world_size(loaded, cluster.of_phase(phase) if isinstance(cluster, Slurm) else cluster) for phase in counts}
+    trial, counts = first_trial(loaded), Counter(p.phase for p in plan)
+    ranks = {phase: world_size(loaded, cluster, phase) for phase in counts}
     per_step = {count: measured_seconds_per_step(trial, count, store) for count in set(ranks.values())}
     rows = []
     for phase, trials in counts.items():
         seconds = per_step[ranks[phase]]
         per_trial = referred_gpu_hours(loaded) if seconds is None else schedule.total_steps(trial) * seconds * ranks[phase] / 3600
         hours = None if per_trial is None else trials * per_trial
-        rows.append({"phase": phase, "trials": trials, "ranks": ranks[phase], "gpu_hours": hours, "measured": seconds is not None})
+        measured = {"gpu_hours": hours, "measured": seconds is not None, "seconds_per_step": seconds}
+        rows.append({"phase": phase, "trials": trials, "ranks": ranks[phase], **measured})
     return rows
 
 
 def referred_gpu_hours(loaded: LoadedStudy) -> float | None:
     """GPU-hours of a trial at the speed that its workload's reference states for images of image_size; None without one."""
-    reference, trial = loaded.workload.reference, any_trial(loaded)
+    reference, trial = loaded.workload.reference, first_trial(loaded)
     if reference is None:
         return None
     images = schedule.total_steps(trial) * trial.budget.global_batch_size
@@ -131,9 +134,12 @@ def referred_gpu_hours(loaded: LoadedStudy) -> float | None:
 
 
 def scale(loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> dict[str, Any]:
-    """What launch.scaling says of the arm that takes most: points, and, where the workload states parameters, bytes and images."""
+    """What launch.scaling says of the arm that takes most: points, and, where the workload states parameters, bytes and images.
+
+    On the ranks of the search, which may be others than the finalists'.
+    """
     arms = {p.arm: p.trial for p in plan if p.trial is not None}.values()
-    trial, ranks, reference = any_trial(loaded), world_size(loaded, cluster), loaded.workload.reference
+    trial, ranks, reference = first_trial(loaded), world_size(loaded, cluster), loaded.workload.reference
     kept = max(scaling.moments(one.optimizer) for one in arms)
     found: dict[str, Any] = {"ranks": ranks, "points_a_trial": max(map(scaling.points, arms))}
     if reference is None:
@@ -170,10 +176,11 @@ def power_rows(loaded: LoadedStudy) -> list[dict[str, Any]]:
 def plan_warnings(loaded: LoadedStudy, cluster: Cluster) -> list[str]:
     """What is legal and probably not meant, and what a submission would refuse: ranks that do not fit, shards that are not there."""
     found = warnings(loaded)
-    try:
-        any_trial(loaded).micro_batch_size(world_size(loaded, cluster))
-    except BadInput as error:
-        found += str(error).splitlines()
+    for ranks in dict.fromkeys(world_size(loaded, cluster, phase) for phase in loaded.phases):
+        try:
+            first_trial(loaded).micro_batch_size(ranks)
+        except BadInput as error:
+            found += str(error).splitlines()
     try:
         index, _ = checked(loaded.workload.data, loaded.workload.evaluation.test)
         found += overflow(index)
@@ -185,8 +192,7 @@ def plan_warnings(loaded: LoadedStudy, cluster: Cluster) -> list[str]:
 def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: bool) -> None:
     """Prints the table of trials, the cost and the warnings."""
     plan = planned(loaded, standings(store, loaded.name).results())
-    ranks = world_size(loaded, cluster)
-    steps = schedule.total_steps(any_trial(loaded))
+    steps = schedule.total_steps(first_trial(loaded))
     pending = Counter((p.arm, p.phase) for p in plan if p.trial is None)
     cells = []
     for p in plan:
@@ -197,19 +203,15 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
     out.print(table(("trial", "arm", "phase", "seed", "steps", "point"), cells))
     for line in dict.fromkeys(_cycles(p.trial) for p in plan if p.trial):
         out.print(line, soft_wrap=True)
-    per_step = measured_seconds_per_step(any_trial(loaded), ranks, store)
-    at_once = _at_once(cluster, ranks, len(plan))
-    cost = (
-        duration(math.ceil(len(plan) / at_once) * steps * per_step) + " of training (start-up and evaluation are not in it)"
-        if per_step
-        else NOT_MEASURED
-    )
-    out.print(
-        f"{loaded.name}: {len(plan)} trials of {steps} steps, {ranks} rank(s) each, {at_once} at a time; estimated cost: {cost}",
-        soft_wrap=True,
-    )
+    lines, seconds = [], 0.0
     for row in phases(loaded, plan, store, cluster):
-        out.print(f"{row['phase']}: {row['trials']} trials, GPU-hours of training: {_hours(loaded, row)}", soft_wrap=True)
+        at_once = _at_once(cluster.of_phase(row["phase"]), row["ranks"], row["trials"])
+        seconds += math.ceil(row["trials"] / at_once) * steps * (math.nan if row["seconds_per_step"] is None else row["seconds_per_step"])
+        each = f"{row['trials']} trials of {row['ranks']} rank(s), {at_once} at a time"
+        lines.append(f"{row['phase']}: {each}; GPU-hours of training: {_hours(loaded, row)}")
+    cost = NOT_MEASURED if math.isnan(seconds) else f"{duration(seconds)} of training (start-up and evaluation are not in it)"
+    for line in (f"{loaded.name}: {len(plan)} trials of {steps} steps; estimated cost: {cost}", *lines):
+        out.print(line, soft_wrap=True)
     _show_scale(out, loaded, plan, cluster)
     _show_power(out, loaded)
     if with_schedule:
@@ -222,7 +224,7 @@ def _show_scale(out: Console, loaded: LoadedStudy, plan: Sequence[Planned], clus
         return
     keys = ("bytes_a_rank", "bytes_sent_a_step", "bytes_exposed_a_step", "checkpoint_bytes")
     held, sent, exposed, saved = (f"{on_paper[key] / 1e9:.2f} GB" for key in keys)
-    where = f"a rank of {on_paper['ranks']} ({any_trial(loaded).backend.name})"
+    where = f"a rank of {on_paper['ranks']} ({first_trial(loaded).backend.name})"
     out.print(
         f"on paper, {where}: {held} at the peak without activations, {sent} sent a step, {exposed} of it while nothing computes; "
         f"a checkpoint: {saved}; "

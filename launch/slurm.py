@@ -11,7 +11,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -63,8 +63,6 @@ class Task:
     nodes: str
     comment: str
     user: str
-    start: str
-    """when it began, or is expected to; N/A when not known"""
 
     @property
     def waits(self) -> bool:
@@ -81,39 +79,16 @@ class Task:
         return self.held and "requeued" in self.reason.lower()
 
 
-_FIELDS = "%i|%T|%r|%N|%k|%u|%S"
+_FIELDS = "%i|%T|%r|%N|%k|%u"
 
 
 def queue(name: str) -> list[Task]:
     """The tasks of all jobs of that name that wait or run, whoever's they are. Raises SlurmError."""
     found = []
     for line in run("squeue", "--noheader", "--array", f"--name={name}", f"--format={_FIELDS}").splitlines():
-        job_id, state, reason, nodes, comment, user, start = line.strip().split("|")
-        found.append(Task(job_id, state, reason.strip("()"), nodes, comment, user, start))
+        job_id, state, reason, nodes, comment, user = line.strip().split("|")
+        found.append(Task(job_id, state, reason.strip("()"), nodes, comment, user))
     return found
-
-
-def ended(job_ids: Iterable[str]) -> dict[str, str]:
-    """job id -> SLURM's word for how it ended (OUT_OF_MEMORY, NODE_FAIL, TIMEOUT, ...), as far as sacct or scontrol know."""
-    arrays = sorted({job_id.partition("_")[0] for job_id in job_ids})
-    if not arrays:
-        return {}
-    try:
-        printed = run("sacct", "--noheader", "--allocations", "--parsable2", "--array", "--format=JobID,State", "--jobs", ",".join(arrays))
-        return {job: state.split()[0] for job, _, state in (line.partition("|") for line in printed.splitlines()) if state}
-    except SlurmError:
-        pass  # no slurmdbd: the controller remembers for some minutes
-    states = {}
-    for array in arrays:
-        try:
-            printed = run("scontrol", "--oneliner", "show", "job", array)
-        except SlurmError:
-            continue
-        for line in printed.splitlines():
-            job = dict(field.split("=", 1) for field in line.split() if "=" in field)
-            own = f"{job['ArrayJobId']}_{job['ArrayTaskId']}" if "ArrayTaskId" in job else job["JobId"]
-            states[own] = job["JobState"]
-    return states
 
 
 def job(job_id: str) -> dict[str, str]:
@@ -195,9 +170,9 @@ def submitted() -> int:
 # ------------------------------------------------------------------------------------------------- looking up
 
 
-def wait_for_comment(name: str, comment: str, seconds: float = 5.0) -> str | None:
+def wait_for_comment(name: str, comment: str) -> str | None:
     """The array (or job) with that comment in the queue, looked for again for a while: an accepted job shows at once."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + 5
     while True:
         for task in queue(name):
             if task.comment == comment:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from harness.store import ENDED, Store, TrialState
+from harness.store import ENDED, ENDED_WELL, Store, TrialState
 from launch import slurm
 from launch.ledger import Entry, Ledger, Submitter, is_alive
 
@@ -91,7 +91,7 @@ def standings(store: Store, study: str, ours: bool = False) -> Standings:
 
 def _of_slurm(record: TrialState, entry: Entry, task: slurm.Task | None, known: bool) -> str:
     event = entry.newest["event"]
-    if record.state in ("finished", "diverged"):
+    if record.state in ENDED_WELL:
         return record.state
     if entry.cancelled and (task is None or task.waits or not entry.lives_on):
         return "cancelled"

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from harness import journal, schedule, tracking
 from harness.config import BadInput, Trial
-from harness.store import ENDED, SEARCHED_BLIND, Store, TrialFolder, TrialState
+from harness.store import ENDED, ENDED_WELL, SEARCHED_BLIND, Store, TrialFolder, TrialState
 from harness.study import LoadedStudy, planned
 from launch import slurm
 from launch.ledger import Entry, Ledger, Life
@@ -124,9 +124,6 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
         code=entry.code,
         logs=tuple(map(str, newest_logs(folder))),
     )
-
-
-ENDED_WELL = ("finished", "diverged")
 
 
 def _returns(lives: Sequence[Life]) -> int:
@@ -290,7 +287,7 @@ def shortcomings(loaded: LoadedStudy, store: Store) -> list[str]:
 
 def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # else three digits would be written 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

@@ -16,32 +16,28 @@ import traceback
 import uuid
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from harness import schedule, tracking
 from harness.config import BadInput, Cluster, Local, Slurm, Trial
 from harness.data.index import checked
-from harness.store import ENDED, Store, TrialFolder, TrialState, write_atomically
-from harness.study import LoadedStudy, Planned, planned
+from harness.store import ENDED, ENDED_WELL, RETRIED, Store, TrialFolder, TrialState, write_atomically
+from harness.study import LoadedStudy, Planned, first_trial, planned
 from launch import snapshot
 from launch.job import Job
 from launch.ledger import Ledger, Submitter, is_alive
 from launch.local import SECONDS_TO_SAVE, Running, Stop, deaf_to_the_terminal, places, saved, visible_gpus, wind_down
 from launch.progress import Snapshot, View, view
 from launch.standing import standings
-from launch.status import ENDED_WELL, label, last_error, rows
+from launch.status import label, last_error, rows
 
 # ------------------------------------------------------------------------------- before anything is written
 
 
-def any_trial(loaded: LoadedStudy) -> Trial:
-    """The first of the search; data, budget and backend are the same in all."""
-    return next(p.trial for p in planned(loaded, {}) if p.trial is not None)
-
-
-def world_size(loaded: LoadedStudy, cluster: Cluster) -> int:
-    """Processes a trial: one in the debug executor, else as the study says, else as the cluster file says."""
+def world_size(loaded: LoadedStudy, cluster: Cluster, phase: str = "search") -> int:
+    """Processes a trial of that phase: one in the debug executor, else as the study says, else as the cluster file says."""
+    cluster = cluster.of_phase(phase)
     if isinstance(cluster, Slurm):
         return cluster.shape(loaded.study.ranks).ranks
     return 1 if cluster.executor == "debug" else loaded.study.ranks or cluster.ranks
@@ -51,8 +47,12 @@ def check(loaded: LoadedStudy, store: Store, cluster: Local) -> None:
     """BadInput, a line a mistake, unless every trial of the study could start now."""
     if waiting := [trial_id for trial_id, s in standings(store, loaded.name).trials.items() if s.live and s.entry.token]:
         raise BadInput(f"{loaded.name}: {len(waiting)} of its trials are queued or running in SLURM; wait, or: wrbench study cancel")
-    any_trial(loaded).micro_batch_size(world_size(loaded, cluster))
+    first_trial(loaded).micro_batch_size(ranks := world_size(loaded, cluster))
     checked(loaded.workload.data, loaded.workload.evaluation.test)
+    if ranks > 1 and not {"?", "#"}.isdisjoint(str(store.root)):
+        raise BadInput(
+            f"--store {store.root}: ranks meet at a file in it, which torch does not find below a name with ? or #; another --store"
+        )
     store.check_writable()
     tracking.check_store(store)
 
@@ -75,7 +75,7 @@ class Submission:
         if gpus and not self.places[0]:
             view.say(f"{self.ranks} ranks a trial and {len(gpus)} GPU(s): training on the CPU; for the GPUs --set ranks={len(gpus)}")
         self.free = list(range(len(self.places)))
-        self.steps_a_trial = schedule.total_steps(any_trial(loaded))
+        self.steps_a_trial = schedule.total_steps(first_trial(loaded))
         self.queue: deque[Trial] = deque()
         self.running: dict[str, Running] = {}
         self.plan: list[Planned] = []
@@ -128,9 +128,9 @@ class Submission:
                 line = None
             if line is not None or state.state == "running":
                 self._adopt(trial, folder, line)
-            elif state.state == "failed" and not self.retry:
-                self.problems.append(f"{label(trial)}: failed before: {state.last_error}; run it again with --retry")
-            elif state.state not in ENDED or state.state == "failed":
+            elif state.state in RETRIED and not self.retry:
+                self.problems.append(f"{label(trial)}: {state.state} before: {state.last_error}; run it again with --retry")
+            elif state.state not in ENDED_WELL:
                 folder.write_config(trial)
                 self.ledger.append("queued", trial, folder.newest_attempt() + 1, code=self.code.name)
                 self.queue.append(trial)
@@ -182,7 +182,7 @@ class Submission:
         self.ledger.append("ended", trial, running.attempt, **fields)
         for leftover in running.folder.logs.glob("*.rendezvous"):
             leftover.unlink(missing_ok=True)
-        if state.state in ("finished", "diverged"):
+        if state.state in ENDED_WELL:
             holdout = state.answer.get("anytime/holdout_top1")
             self.view.say(f"{label(trial)}: {state.state}" + (f", holdout/top1 {holdout:.3f}" if holdout is not None else ""))
         elif not self.stop.asked:
@@ -220,7 +220,7 @@ class Submission:
         states = {p.trial.trial_id: (p.arm, self.states[p.trial.trial_id]) for p in self.plan if p.trial is not None}
         finished = [(arm, s.answer.get("anytime/holdout_top1")) for arm, s in states.values() if s.state == "finished"]
         best = max(((value, arm) for arm, value in finished if value is not None), default=None)
-        over = {trial_id for trial_id, (_, s) in states.items() if s.state in ("finished", "diverged")}
+        over = {trial_id for trial_id, (_, s) in states.items() if s.state in ENDED_WELL}
         running = len(self.running.keys() - over)  # a job is still there a moment after its trial has ended
         return Snapshot(
             steps=sum(self._steps(ENDED_WELL)),
@@ -305,7 +305,7 @@ def dry_run(loaded: LoadedStudy, store: Store, phase: str | None, retry: bool) -
         if phase not in (None, r.phase):
             continue
         name = f"{r.arm} seed {r.seed} {r.trial_id or '(decided by the search)'}"
-        if r.state in ("finished", "diverged", "running", "queued") or (r.state in ("failed", "exhausted") and not retry):
+        if r.state in (*ENDED_WELL, "running", "queued") or (r.state in RETRIED and not retry):
             lines.append(f"skip    {name}: {r.state}")
         else:
             lines.append(f"{'later ' if r.trial_id is None else 'submit'}  {name}: {r.state} at step {r.step} of {r.total_steps}")
@@ -327,7 +327,8 @@ def cancel(loaded: LoadedStudy, store: Store) -> list[str]:
         host, pid = holder
         if host != socket.gethostname():
             raise BadInput(f"{loaded.name}: its submitter is process {pid} on {host}; cancel it there")
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it ended this moment
+            os.kill(pid, signal.SIGTERM)
         said.append(f"stopped the submitter, process {pid}")
         patience = time.monotonic() + SECONDS_TO_SAVE + 30
         while submitter.holder() == holder and time.monotonic() < patience:

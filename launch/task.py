@@ -28,7 +28,7 @@ from typing import Any
 
 from harness import journal, tracking
 from harness.config import Trial
-from harness.store import Store, TrialFolder, TrialState, close
+from harness.store import ENDED_WELL, RETRIED, Store, TrialFolder, TrialState, close
 from launch import failure, slurm
 from launch.array import Submission
 from launch.ledger import Entry, Ledger
@@ -116,12 +116,12 @@ class Supervisor:
                         if not exhausted or trial_id != self.given.tasks[self.index][-1]:
                             delivering.close()
                             return self._requeue(end.kind, trial, folder)
-                    elif end.kind in ("finished", "diverged", "cancelled") or self._is_hopeless(end, trial, folder):
+                    elif end.kind in (*ENDED_WELL, "cancelled") or self._is_hopeless(end, trial, folder):
                         continue
                     elif end.kind == "node":  # perhaps there are better ones
                         delivering.close()
                         return self._requeue(end.kind, trial, folder)
-            given_up += folder.state().state in ("failed", "exhausted")
+            given_up += folder.state().state in RETRIED
         return 1 if given_up else 0
 
     def _wait_for_room(self, folder: TrialFolder) -> bool:
@@ -139,7 +139,7 @@ class Supervisor:
         entry = self._entry(trial_id)
         ours = entry.token == self.given.token and not entry.cancelled
         final = entry.newest.get("event") == "ended" and entry.newest.get("final", False)
-        return not ours or final or folder.state().state in ("finished", "diverged")
+        return not ours or final or folder.state().state in ENDED_WELL
 
     def _note_down(self, event: str, trial: Trial, attempt: int, **fields: Any) -> None:
         """In the ledger. On a full disk a beginning waits for room; what is told of an end may be lost: the journal has it."""
@@ -175,7 +175,7 @@ class Supervisor:
         run_id = tracking.run_id(folder)
         self._note_down(
             "ended", trial, attempt, **place, state=end.state.state, kind=end.kind, step=end.state.committed, seconds=round(end.seconds, 1),
-            lost_seconds=0.0 if end.state.state in ("finished", "diverged") else round(lost, 1),
+            lost_seconds=0.0 if end.state.state in ENDED_WELL else round(lost, 1),
             checkpoint=_newest_checkpoint(folder), run_id=run_id, error=end.error,
         )  # fmt: skip
         return end
@@ -231,7 +231,7 @@ class Supervisor:
         newest = entry.lives[-1].started if entry.lives else {}
         if (newest.get("token"), newest.get("job_id"), newest.get("life")) != (self.given.token, self.job_id, self.life):
             return End(state, "superseded")  # this node was cut off, and the trial goes on elsewhere
-        if state.state in ("finished", "diverged"):
+        if state.state in ENDED_WELL:
             return End(state, state.state)
         if entry.cancelled:
             return End(state, "cancelled")

@@ -30,7 +30,8 @@ def console() -> Console:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
     """Cells on one line each; only the last column gives way where the terminal is too narrow."""
-    made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    apart = 2 if any(" " in name for name in columns) else 1  # where a space may also be inside a name
+    made = Table(box=None, pad_edge=False, padding=(0, apart, 0, 0), header_style="bold")
     for place, name in enumerate(columns[:-1]):
         made.add_column(name, no_wrap=True, min_width=max(len(name), *(len(row[place]) for row in rows)))
     made.add_column(columns[-1], no_wrap=True, overflow="ellipsis")

@@ -49,7 +49,7 @@ def a_trial(folder: Path, recipe: dict[str, Any] | None = None, seed: int = 0, d
 
 
 def opened(trial: Trial, threads: int = 0) -> loader.DataSet:
-    return loader.open_data(trial.workload.data, crops=trial.workload.recipe.crop is not None, threads=threads)
+    return loader.open_data(trial.workload.data, trial.workload.recipe, threads=threads)
 
 
 def steps(trial: Trial, rank: int = 0, world_size: int = 1, start: int = 0, stop: int = 4, threads: int = 0) -> list[loader.Batch]:

@@ -61,9 +61,6 @@ class DDPEngine(Engine):
         logits: Tensor = self._replica(images)
         return logits
 
-    def _backward(self, loss: Tensor, count: int, last: bool) -> None:
-        (loss / count if count > 1 else loss).backward()
-
     def _update(self, lr: float, weight_decay: float) -> None:
         limit = self._trial.workload.recipe.clip_norm
         if limit is not None:
@@ -78,9 +75,6 @@ class DDPEngine(Engine):
     def _slices(self) -> Mapping[str, Slice]:
         own = {p for group in self._optimizer.param_groups for p in group["params"]}
         return {name: Slice.whole(p) for name, p in self._model.named_parameters() if p in own}
-
-    def evaluation_model(self) -> nn.Module:
-        return self._model.eval()
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         self._model.load_state_dict(state)

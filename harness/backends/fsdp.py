@@ -71,9 +71,6 @@ class FSDPEngine(Engine):
         logits: Tensor = self._model(images)
         return logits
 
-    def _backward(self, loss: Tensor, count: int, last: bool) -> None:
-        (loss / count if count > 1 else loss).backward()
-
     def _update(self, lr: float, weight_decay: float) -> None:
         for name, parameter in self._local.items():
             gradient = self._sharded[name].grad

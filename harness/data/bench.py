@@ -52,7 +52,7 @@ class Speed:
         )
 
 
-def measure(path: Path, image_size: int = 224, seconds: float = 10.0, threads: int | None = None, batch_size: int = 64) -> Speed:
+def measure(path: Path, image_size: int = 224, seconds: float = 10.0, threads: int | None = None) -> Speed:
     """Trains on nothing for about `seconds`. Raises BadInput as the loader does, CorruptSample included."""
     threads = loader.threads_of_a_rank() if threads is None else threads
     data, index = described(path, image_size)
@@ -75,7 +75,7 @@ def measure(path: Path, image_size: int = 224, seconds: float = 10.0, threads: i
         done += 1
         if times[-1] > stop:
             break
-    batches = dataset.train.read(requests(len(dataset.train), batch_size))
+    batches = dataset.train.read(requests(len(dataset.train), batch_size=64))
     next(batches)  # from here to the end as many are ready ahead
     start, cpu, images = time.perf_counter(), time.process_time(), 0
     for batch, _ in batches:

@@ -40,6 +40,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 Choose = Callable[[int, int], Box]
 """(height, width) of an image -> the box of it that is seen"""
 
+PLAIN = Recipe()
 DECODED_BYTES = 1 << 30
 """a data set of at most so many bytes of pixels is decoded at start and kept"""
 SUBSTITUTED_SHARE = 0.01
@@ -128,14 +129,12 @@ def _may_be_open(shards: int) -> int:
     return min(shards, max(128, allowed - OPEN_FILES)) or 1
 
 
-def open_data(
-    data: Data, crops: bool = False, threads: int | None = None, test: TestSet | None = None, label_noise: float = 0.0
-) -> DataSet:
+def open_data(data: Data, recipe: Recipe = PLAIN, threads: int | None = None, test: TestSet | None = None) -> DataSet:
     """Index and shards of `data`, and of a further `test` set, checked; decoded too when they fit in memory.
 
-    crops: training sees other parts of its images every epoch, so that these are not decoded at start. threads: that read,
-    0 for the caller's own, default threads_of_a_rank(); batches do not depend on it. label_noise: the share of training
-    images with a wrong label, also behind train_eval/loss.
+    recipe: where training sees other parts of its images every epoch, or other colours, these are not decoded at start; its
+    label_noise is also behind train_eval/loss. threads: that read, 0 for the caller's own, default threads_of_a_rank();
+    batches do not depend on it.
 
     Raises BadInput, a line a mistake: no index, missing or truncated shards, other counts or classes than `data` says.
     Raises CorruptSample, naming shard and key: a sample whose crc32 is wrong, that does not decode, whose size is not
@@ -144,7 +143,8 @@ def open_data(
     every reported sample is counted exactly once.
     """
     index, further = checked(data, test)
-    return DataSet(index, data, crops, threads_of_a_rank() if threads is None else threads, further, label_noise)
+    crops = recipe.crop is not None or recipe.augment is not None
+    return DataSet(index, data, crops, threads_of_a_rank() if threads is None else threads, further, recipe.label_noise)
 
 
 # ------------------------------------------------------------------------------------------- reading samples

@@ -36,7 +36,7 @@ def augmented(few: Path, augment: dict[str, Any] | None, **data: Any) -> Trial:
 
 
 def batches(t: Trial, threads: int, rank: int = 0, world_size: int = 1, stop: int = 9) -> list[loader.Batch]:
-    dataset = loader.open_data(t.workload.data, crops=True, threads=threads)
+    dataset = loader.open_data(t.workload.data, t.workload.recipe, threads=threads)
     return list(loader.train_batches(dataset, t, rank, world_size, 0, stop))
 
 
@@ -86,7 +86,7 @@ def test_the_same_global_batches_whatever_reads_them(few: Path, augment: dict[st
 
 def test_signals_for_the_rank_leave_its_workers_alone(few: Path) -> None:
     t = augmented(few, RAND)
-    running = loader.train_batches(loader.open_data(t.workload.data, crops=True, threads=2), t, 0, 1, 0, 200)
+    running = loader.train_batches(loader.open_data(t.workload.data, t.workload.recipe, threads=2), t, 0, 1, 0, 200)
     next(running)
     pids = children()
     assert len(pids) == 2
@@ -101,7 +101,7 @@ def test_signals_for_the_rank_leave_its_workers_alone(few: Path) -> None:
 
 def test_a_killed_worker_is_an_error_and_not_a_hang(few: Path) -> None:
     t = augmented(few, RAND)
-    running = loader.train_batches(loader.open_data(t.workload.data, crops=True, threads=2), t, 0, 1, 0, 500)
+    running = loader.train_batches(loader.open_data(t.workload.data, t.workload.recipe, threads=2), t, 0, 1, 0, 500)
     next(running)
     pids = children()
     os.kill(pids[0], signal.SIGKILL)
@@ -116,7 +116,7 @@ def test_workers_end_with_their_rank(few: Path, tmp_path: Path, end: str) -> Non
         "import sys; from pathlib import Path; from tests.integration.test_data_workers import *\n"
         "if __name__ == '__main__':\n"
         "    t = augmented(Path(sys.argv[1]), RAND)\n"
-        "    running = loader.train_batches(loader.open_data(t.workload.data, crops=True, threads=2), t, 0, 1, 0, 10**6)\n"
+        "    running = loader.train_batches(loader.open_data(t.workload.data, t.workload.recipe, threads=2), t, 0, 1, 0, 10**6)\n"
         "    next(running); print(*children(), flush=True)\n"
         "    for _ in running:\n"
         f"        if {end != 'killed'}: raise RuntimeError('of the trial')\n"
@@ -179,7 +179,7 @@ def test_damage_is_found_and_counted(few: Path, tmp_path: Path) -> None:
     substituting = augmented(folder, RAND, on_corrupt="substitute")
     found = []
     for threads in (0, 2):
-        dataset = loader.open_data(substituting.workload.data, crops=True, threads=threads)
+        dataset = loader.open_data(substituting.workload.data, substituting.workload.recipe, threads=threads)
         read = list(loader.train_batches(dataset, substituting, 0, 1, 0, 9))
         found.append((dataset.substituted, read))
     assert found[0][0] == found[1][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -114,7 +115,9 @@ def test_a_study_is_run_once_and_a_failed_trial_does_not_stop_it(short: Study) -
 
 def test_stopped_and_killed_trials_are_gone_on_with(tmp_path: Path, mnist5k: Path) -> None:
     arms = {"A": {"optimizer": {"name": "adam", "lr": 0.002}, "schedule": {"name": "cosine"}}}
-    study = Study(tmp_path, mnist5k, ranks=2, budget={"epochs": 7}, arms=arms)
+    named = tmp_path / "my rüns"  # as an address this would be my%20r%C3%BCns, where ranks do not find one another
+    named.mkdir()
+    study = Study(named, mnist5k, ranks=2, budget={"epochs": 7}, arms=arms)
     folder = study.folder("A")
 
     def further_than(steps: int) -> Callable[[], bool]:
@@ -129,7 +132,7 @@ def test_stopped_and_killed_trials_are_gone_on_with(tmp_path: Path, mnist5k: Pat
     record = journal.fold(journal.read(folder.journal))
     saved = record.committed
     assert record.stopped and 0 < saved < 245
-    assert f"saved, {saved} of 245 steps" in out and f"to go on: wrbench study submit {study.file}" in out
+    assert f"saved, {saved} of 245 steps" in out and f"to go on: wrbench study submit {shlex.quote(str(study.file))}" in out
     assert study.states()["A", "search"].state == "interrupted"
 
     # a rank is killed

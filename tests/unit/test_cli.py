@@ -113,8 +113,8 @@ def test_plan_as_json_starts_nothing(wrbench: Command, store: Path) -> None:
         "estimate_seconds",
     }
     assert plan["phases"] == [
-        {"phase": "search", "trials": 8, "ranks": 2, "gpu_hours": None, "measured": False},
-        {"phase": "finalists", "trials": 6, "ranks": 2, "gpu_hours": None, "measured": False},
+        {"phase": phase, "trials": trials, "ranks": 2, "gpu_hours": None, "measured": False, "seconds_per_step": None}
+        for phase, trials in (("search", 8), ("finalists", 6))
     ]
     assert [(row["seeds"], row["seed_sd"]) for row in plan["power"]] == [(3, 0.07), (3, 0.1), (3, 0.13)]
     assert {key: round(value, 3) for key, value in plan["power"][1].items()} == {
@@ -141,7 +141,7 @@ def test_plan_for_people_says_what_is_known_and_warns(wrbench: Command, store: P
     pending = [line.split() for line in out.splitlines() if "pending" in line]
     assert [line[:5] for line in pending] == [["3", "pending", arm, "finalists", "-"] for arm in ("AdamWR", "SGDWR")]
     assert "not measured yet" in out
-    assert "finalists: 6 trials, GPU-hours of training: not measured yet" in out
+    assert "finalists: 6 trials of 2 rank(s), 1 at a time; GPU-hours of training: not measured yet" in out
     assert "3 seeds an arm, points of error: the smallest difference found with 80% power (two-sided 5%)" in out
     assert ["0.10", "0.31", "0.46", "0.17", "0.24"] in [line.split() for line in out.splitlines()]
     assert "budgets that end a cycle: 3 or 7" in err and "wrbench shards build" in err
@@ -157,9 +157,31 @@ def test_plan_counts_the_gpu_hours_of_each_phase_once_a_step_is_measured(wrbench
     assert code == 0 and row["trials"] == 8
     assert row["gpu_hours"] == pytest.approx(8 * 245 * 0.05 * 2 / 3600, rel=0.05)  # 0.05 s a step, two ranks
     code, out, _ = wrbench("study", "plan", loaded.source, "--store", store.root)
-    assert code == 0 and "search: 8 trials, GPU-hours of training: 0.05" in out
+    assert code == 0 and "search: 8 trials of 2 rank(s), 1 at a time; GPU-hours of training: 0.05" in out
     assert "of training (start-up and evaluation are not in it)" in out
     assert "one seed a configuration: no difference can be told from chance" in out
+
+
+def test_plan_takes_a_phase_for_what_the_cluster_file_makes_of_it(wrbench: Command, tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    asked = {"executor": "slurm", "time_minutes": 60, "tasks_per_node": 2}
+    store = Store(tmp_path / "runs")
+    loaded = write_study(store, STUDY)
+    write_trial(store, next(p.trial for p in planned(loaded, {}) if p.trial is not None))  # of two ranks
+
+    def plan(nodes: int, *options: str) -> tuple[str, str]:
+        cluster.write_text(yaml.safe_dump(asked | {"overrides": {"finalists": {"nodes": nodes, "array_parallelism": 3}}}))
+        code, out, err = wrbench("study", "plan", loaded.source, "--cluster", cluster, "--store", store.root, *options)
+        assert code == 0, err
+        return out, err
+
+    out, err = plan(3)
+    assert "warning: budget.global_batch_size: 100 is not divisible by 6 ranks" in err
+    assert "search: 8 trials of 2 rank(s), 8 at a time; " in out and "finalists: 10 trials of 6 rank(s), 3 at a time; " in out
+    assert "estimated cost: not measured yet" in out, "of the finalists it is not"
+    assert "not divisible" not in plan(2)[1]
+    estimates = {t["phase"]: t["estimate_seconds"] for t in json.loads(plan(2, "--json")[0])["trials"]}
+    assert estimates["search"] is not None and estimates["finalists"] is None
 
 
 def test_plan_shows_the_axes_as_they_were_drawn(wrbench: Command, store: Path) -> None:

@@ -50,6 +50,8 @@ def test_ranks_that_leave_a_node_half_empty_are_refused() -> None:
         ({"signal_lead_seconds": 4000}, "signal_lead_seconds: 4000 must be below time_minutes, 3600 s; e.g. 1800"),
         ({"overrides": {"finalists": {"node": 2}}}, "overrides.finalists.node: unknown key"),
         ({"overrides": {"finalists": {"nodes": 0}}}, "overrides.finalists.nodes: 0 must be greater than or equal to 1"),
+        ({"mem_gb": 0.0004}, "mem_gb: 0.0004 must be greater than or equal to 0.001; e.g. 64"),  # --mem=0M is all of a node's
+        ({"overrides": {"chain": {"time_minutes": 1}}}, "overrides.chain.signal_lead_seconds: 60 must be below time_minutes, 60 s"),
         ({"mem_gb": 1e99}, "mem_gb: 1e+99 must be less than or equal to 100000; e.g. 64"),
         ({"gpu": 8}, "gpu: unknown key"),
     ],
@@ -65,6 +67,15 @@ def test_a_phase_may_ask_for_something_else() -> None:
     assert cluster.of_phase("search").shape(None).nodes == 1
     finalists = cluster.of_phase("finalists")
     assert (finalists.shape(None).ranks, finalists.time_minutes, finalists.gpus_per_node) == (16, 120, 8)
+
+
+def test_the_job_of_a_chain_asks_for_little_but_what_its_overrides_say() -> None:
+    cluster = slurm(gpus_per_node=8, nodes=4, cpus_per_task=8, mem_gb=64, account="vision", overrides={"chain": {"time_minutes": 2}})
+    chain = cluster.of_phase("chain")
+    assert (chain.nodes, chain.tasks_per_node, chain.gpus_per_node, chain.cpus_per_task, chain.mem_gb) == (1, 1, None, 1, None)
+    assert (chain.time_minutes, chain.signal_lead_seconds, chain.account) == (2, 60, "vision")
+    assert slurm(overrides={"chain": {"mem_gb": 2}}).of_phase("chain").mem_gb == 2
+    assert slurm().of_phase("chain").time_minutes == 60
 
 
 def test_files_are_read_by_their_executor(tmp_path: Path) -> None:

@@ -42,6 +42,16 @@ SUPPORTED = (
             {"budget": {"epochs": 1, "global_batch_size": 5000}},
             "budget.global_batch_size: 5000 must be at most the 3500 samples trained on; e.g. 100",
         ),
+        (
+            {"schedule": {"name": "cosine_restarts", "t_0": 1e308}},
+            "schedule.t_0: 1e+308 must be less than or equal to 100000; e.g. 1",
+        ),
+        (
+            {"schedule": {"name": "cosine_restarts", "t_0": 1, "t_mult": 1e308}},
+            "schedule.t_mult: 1e+308 must be less than or equal to 100000",
+        ),
+        ({"schedule": {"name": "cosine", "warmup_epochs": 1e308}}, "schedule.warmup_epochs: 1e+308 must be less than or equal to 100000"),
+        ({"schedule": {"name": "step", "milestones": [1e308]}}, "schedule.milestones.0: 1e+308 must be less than or equal to 100000"),
         ({"backend": {"zero_stage": 4}}, "backend.zero_stage: 4 must be 0, 1, 2 or 3; e.g. 1"),
         ({"backend": {"zero_stage": 3}}, f"backend.zero_stage: 3 is not supported by ddp; {SUPPORTED}"),
         ({"backend": {"name": "fsdp", "zero_stage": 1}}, f"backend.zero_stage: 1 is not supported by fsdp; {SUPPORTED}"),
@@ -207,6 +217,14 @@ def test_resize_and_crop() -> None:
         (
             {"data": {"image_size": 160}, "recipe": {"crop": {}, "resolution": {"start": 160, "epochs": [0, 3]}}},
             "workload.recipe.resolution.start: 160 must be below data.image_size, 160, where it ends; e.g. 128",
+        ),
+        (
+            {
+                "model": "convnext_tiny",
+                "data": {"image_size": 32},
+                "recipe": {"crop": {}, "resolution": {"start": 32, "epochs": [0, 3], "multiple": 8}},
+            },
+            "workload.recipe.resolution.start: 32 must be below data.image_size, 32, where it ends; leave resolution out",
         ),
         (
             {"recipe": {"crop": {}, "resolution": {"start": 20, "epochs": [0, 3]}}},

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness import config, schedule
-from harness.config import BadInput, Data
+from harness.config import BadInput, Data, Recipe
 from harness.data import loader, order, shards
 from harness.data.decode import decode
 from harness.data.index import CorruptSample, Index, checked
@@ -417,7 +417,7 @@ def test_what_runs_ahead_is_bounded_and_raises_in_the_consumer(folder, mode):
 
 def test_label_noise_is_a_function_of_the_sample_and_spares_what_is_reported(mnist5k):
     t = resolved(data={"path": str(mnist5k)})
-    clean, noisy, again = (loader.open_data(t.workload.data, label_noise=share) for share in (0.0, 0.2, 0.2))
+    clean, noisy, again = (loader.open_data(t.workload.data, Recipe(label_noise=share)) for share in (0.0, 0.2, 0.2))
 
     def labels(view):
         return view.gather(np.arange(len(view)))[1].numpy()

@@ -133,6 +133,19 @@ def test_trials_share_tasks_and_arrays_are_as_few_as_the_cluster_allows(monkeypa
     assert [len(part) for part in array._arrays(trials, one, 6)] == [4, 2], "no more tasks than the user may have"
 
 
+def test_nothing_is_queued_for_a_script_that_cannot_be_made(loaded: LoadedStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch import sbatch
+
+    def unanswered(cluster: Slurm) -> None:
+        raise slurm.SlurmError("sbatch: no answer within 60 s")
+
+    monkeypatch.setattr(sbatch, "check", unanswered)
+    shape = Slurm(executor="slurm", time_minutes=60).shape(1)
+    with pytest.raises(slurm.SlurmError):
+        array._submit_array(loaded, Store(tmp_path), shape, [trial(study=loaded.name)], tmp_path / "code")
+    assert not list(Ledger(Store(tmp_path).study(loaded.name)).lines())
+
+
 def test_ranks_that_do_not_divide_the_batch_are_found_on_the_login_node(loaded: LoadedStudy, tmp_path: Path) -> None:
     eight = Slurm(executor="slurm", time_minutes=60, gpus_per_node=8, overrides={"finalists": {"nodes": 2}})
     with pytest.raises(BadInput, match=r"budget\.global_batch_size: .* is not divisible by"):

@@ -108,6 +108,11 @@ def test_an_attempt_without_an_end_is_explained_by_its_newest_log(loaded: Loaded
     assert status.last_error(folder, folder.state()) is None
 
 
+def test_sizes_have_three_digits() -> None:
+    sizes = {0: "0 B", 999: "999 B", 999_499: "999 kB", 999_500: "1 MB", 999_999: "1 MB", 12_345_678: "12.3 MB", 4 * 10**12: "4 TB"}
+    assert {count: status._size(count) for count in sizes} == sizes
+
+
 def test_logs_are_found_by_the_beginning_of_an_id(loaded: LoadedStudy, store: Store) -> None:
     trial, other, *_ = searched(loaded)
     write_trial(store, trial, "failed", until=0.1)

@@ -6,19 +6,20 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from harness.config import Backend, BadInput, Local, Trial
-from harness.store import Store
+from harness.store import Store, close
 from harness.study import LoadedStudy, planned
 from launch import submit
 from launch.ledger import Submitter
-from launch.local import Stop, deaf_to_the_terminal, places, visible_gpus
+from launch.local import Running, Stop, deaf_to_the_terminal, places, visible_gpus
 from launch.plan import cycle_end_epochs, measured_seconds_per_step
 from launch.progress import Lines
 from launch.submit import Submission
-from launch.terminal import console, duration
+from launch.terminal import console, duration, table
 from tests.synthetic import STUDY, write_study, write_trial
 from tests.trials import trial
 from tests.unit.conftest import Command
@@ -76,6 +77,27 @@ def ended(tmp_path: Path, mnist5k: Path) -> LoadedStudy:
     return loaded
 
 
+def test_an_exhausted_trial_is_run_again_by_retry_alone(tmp_path: Path) -> None:
+    """SLURM's supervisor gave it up; here it goes on."""
+    store = Store(tmp_path)
+    loaded = write_study(store, STUDY | {"finalists": None})
+    one = searched(loaded)[0]
+    write_trial(store, one, "interrupted", until=0.4)
+    assert close(store.trial(loaded.name, one.trial_id), "exhausted", "the time limit came 21 times")
+
+    def work(retry: bool) -> Submission:
+        with Stop() as stop:
+            made = Submission(loaded, store, Local(executor="local"), Lines(console()), stop, phase=None, retry=retry)
+            made.code = tmp_path / "code"
+            made._enqueue({})
+        return made
+
+    (problem,) = work(retry=False).problems
+    assert "exhausted before: the time limit came 21 times; run it again with --retry" in problem
+    again = work(retry=True)
+    assert one.trial_id in {t.trial_id for t in again.queue} and not again.problems
+
+
 def test_what_mlflow_could_not_be_given_is_a_warning(
     ended: LoadedStudy, tmp_path: Path, wrbench: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +123,15 @@ def test_a_tracking_store_that_cannot_be_is_refused_before_anything_starts(
     code, out, err = wrbench("study", "submit", ended.source, "--store", tmp_path)
     assert (code, out) == (2, "") and err.startswith("error: MLFLOW_TRACKING_URI: 'foo://bar'") and err.count("\n") == 1
     assert not (tmp_path / ended.name / "code").exists()
+
+
+def test_several_ranks_cannot_meet_below_a_name_that_torch_cuts(ended: LoadedStudy, tmp_path: Path) -> None:
+    """As it would an address: at the first ? or #."""
+    store = Store(tmp_path / "C#" / "runs")
+    with pytest.raises(BadInput, match=r"^--store .*/C#/runs: ranks meet "):
+        submit.check(ended, store, Local(executor="local", ranks=2))
+    submit.check(ended, store, Local(executor="local", ranks=1))
+    submit.check(ended, store, Local(executor="debug", ranks=2))
 
 
 def test_a_second_submission_names_the_first(ended: LoadedStudy, tmp_path: Path, wrbench: Command) -> None:
@@ -139,6 +170,26 @@ def test_stop_counts_signals_and_gives_them_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.fixture
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_a_job_that_ends_before_it_is_told_to_is_no_error(tmp_path: Path, gone: int) -> None:
+    one = trial()
+    seen_alive = SimpleNamespace(done=lambda: False)
+    Running(one, Store(tmp_path).trial(one.study, one.trial_id), None, 1, {"job_id": str(gone)}, seen_alive).signal(signal.SIGTERM)
+
+
+def test_nor_is_a_submitter(ended: LoadedStudy, tmp_path: Path, gone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    holders = iter([(socket.gethostname(), gone), None])
+    monkeypatch.setattr(Submitter, "holder", lambda self: next(holders))
+    assert submit.cancel(ended, Store(tmp_path)) == [f"stopped the submitter, process {gone}"]
+
+
 def test_children_are_deaf_to_the_terminal_and_this_process_is_not() -> None:
     asks = "import signal; print(sorted(s.name for s in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
     with deaf_to_the_terminal():
@@ -175,6 +226,17 @@ def test_cost_is_measured_on_finished_trials_like_these(tmp_path: Path) -> None:
     assert [measured_seconds_per_step(other, 2, store) for other in others] == [None] * 4
     patient = one.model_copy(update={"backend": Backend(timeout_seconds=100)})
     assert measured_seconds_per_step(patient, 2, store) is not None
+
+
+def test_columns_are_apart_where_their_names_have_spaces() -> None:
+    def header(*columns: str) -> str:
+        out = console()
+        with out.capture() as captured:
+            out.print(table(columns, [["1", "2"]]))
+        return captured.get().splitlines()[0].rstrip()
+
+    assert header("seed sd", "difference") == "seed sd  difference"
+    assert header("arm", "seed") == "arm seed"
 
 
 def test_durations_for_people() -> None:

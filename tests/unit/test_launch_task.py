@@ -108,5 +108,5 @@ def test_a_trial_runs_also_when_a_cut_off_node_wrote_last(tmp_path: Path) -> Non
 
     late = {"event": "ended", "attempt": 1, "kind": "superseded"}
     entry = Entry(newest=late, token="t", job_id="7_0", lives=[Life(started(0), late), Life(started(1))])
-    queued = slurm.Task("7_0", "RUNNING", "", "n2", "t", "me", "")
+    queued = slurm.Task("7_0", "RUNNING", "", "n2", "t", "me")
     assert _of_slurm(Store(tmp_path).trial("s", "t").state(), entry, queued, known=True) == "running"

@@ -447,7 +447,7 @@ def test_the_point_of_a_trial_is_found_again_to_the_last_digit(name: str, box: s
 
 
 def test_derived_axes_are_the_fields_that_the_paper_names() -> None:
-    loaded = study.load(PROTOCOL, ["arms.AdamWR-eps.optimizer.betas=[null, 0.99]"])
+    loaded = study.load(PROTOCOL, ["arms.AdamWR-eps.optimizer.betas=[null, 0.99]", "arms.AdamWR.optimizer.betas=null"])
     for p in study.planned(loaded, {}):
         if p.trial is None:
             continue

@@ -191,6 +191,21 @@ def test_a_scheme_that_mlflow_knows_is_fine(store: Store, monkeypatch: pytest.Mo
     tracking.check_store(store)
 
 
+@pytest.mark.parametrize("name", ["a?b", "a%20b"])
+def test_a_path_that_mlflow_reads_as_an_address_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    store = Store(tmp_path / name / "runs")
+    with pytest.raises(BadInput) as error:
+        tracking.check_store(store)
+    assert one_line(error).startswith(f"--store {store.root}: MLflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    tracking.check_store(store)
+
+
+@pytest.mark.parametrize("name", ["my rüns", "a#b", "100%", "a+b"])
+def test_another_path_is_not(tmp_path: Path, name: str) -> None:
+    tracking.check_store(Store(tmp_path / name / "runs"))
+
+
 def test_the_ui_of_a_store_that_is_not_there_makes_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "execve", lambda *_: None)  # would become the server
     with pytest.raises(BadInput, match="there is no store"):
@@ -228,9 +243,10 @@ def test_run_id_is_known_from_the_folder_alone(store: Store) -> None:
     assert tracking.run_id(folder) is None
 
 
-def test_a_study_without_journals_needs_no_mlflow(store: Store) -> None:
-    assert tracking.deliver(store, "s", tracking_uri="http://127.0.0.1:9") == tracking.Delivered(0, 0)
-    assert tracking.missing(store, "s", "http://127.0.0.1:9") == []
+def test_a_study_without_journals_needs_no_mlflow(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert tracking.deliver(store, "s") == tracking.Delivered(0, 0)
+    assert tracking.missing(store, "s") == []
 
 
 def _ask(path: Path, enough: Event) -> None:
