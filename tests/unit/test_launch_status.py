@@ -138,7 +138,7 @@ def test_the_final_error_of_a_rank_is_found_however_torch_and_slurm_frame_it(tmp
 
 def test_a_job_that_slurm_itself_requeued_counts_as_such() -> None:
     def life(job_id: str, number: int, requeued: bool = False) -> Life:
-        return Life({"job_id": job_id, "life": number}, None, {"event": "requeued"} if requeued else None)
+        return Life({"job_id": job_id, "life": number}, None, {"event": "requeued", "kind": "preempted"} if requeued else None)
 
     killed = [life("7_0", 0), life("7_0", 1), life("7_0", 1), life("7_0", 2)]  # once tried again in place
     assert status._returns(killed) == 2
