@@ -41,6 +41,8 @@ SUSPENDED = 30.0
 """seconds more than that, and the whole job was suspended, which is no stall of its ranks"""
 SLACK = 75.0
 """seconds that SLURM may send its signal earlier than asked, and some"""
+OVER = "TimeLimit"
+"""SLURM's reason for ending a job by SIGTERM, which can go back into the queue until SIGKILL follows (KillWait, 30 s by default)"""
 STOPPED = ("preempted", "time limit", "stopped")
 """kinds of ends after which the task goes back into the queue"""
 NO_FAILURE = (*STOPPED, "terminated", "superseded", "cancelled", "port")
@@ -280,6 +282,8 @@ class Supervisor:
         """preempted | time limit | stopped (by a signal from a person), or terminated when SLURM ends the job anyway."""
         state = self._state_of_job()
         requeued = int(state.get("Restarts", self.life)) > self.life
+        if state.get("Reason") == OVER:
+            return "time limit"
         if state.get("JobState") in ("CANCELLED", "TIMEOUT", "FAILED", "COMPLETING") and not requeued:
             return "terminated"
         if state.get("PreemptTime", "None") not in ("None", "Unknown"):
@@ -381,19 +385,20 @@ class Supervisor:
         attempt = folder.newest_attempt() if failed is None else self.attempt  # which the ranks may not have come to claim
         self._note_down("requeued", trial, attempt, token=self.given.token, job_id=self.job_id, life=self.life, kind=kind)
         wait = 1.0
-        while not self.terminated:
+        while not self.terminated or kind == "time limit":
             try:
                 job = slurm.job(self.job_id)
-                if int(job.get("Restarts", self.life)) > self.life or job["JobState"] not in ("RUNNING", "SUSPENDED"):
+                lives = job["JobState"] in ("RUNNING", "SUSPENDED") or job.get("Reason") == OVER
+                if int(job.get("Restarts", self.life)) > self.life or not lives:
                     return 0
                 slurm.requeue(self.job_id, hold)
                 if failed is not None:
                     self._avoid(failed, trial, folder)
                 break
             except slurm.SlurmError as error:
-                if not self.terminated:
-                    _say(f"{error}; trying again in {wait:.0f} s")
-                    time.sleep(wait)
+                wait = POLL if self.terminated else wait
+                _say(f"{error}; trying again in {wait:.0f} s")
+                time.sleep(wait)
                 wait = min(2 * wait, 15.0)
         until = time.monotonic() + 60
         while not self.terminated and time.monotonic() < until:  # a job that ends by itself first would not be requeued
