@@ -133,11 +133,12 @@ ENDED_WELL = ("finished", "diverged")
 
 
 def _returns(lives: Sequence[Life]) -> int:
-    """How often the trial's job went back into the queue, by the supervisor's doing or by SLURM's own."""
-    places = [(str(life.started["job_id"]), int(life.started["life"])) for life in lives]
-    again = sum(
-        job == same and life != later and (one.requeued is None or _returned(one))
-        for one, ((job, life), (same, later)) in zip(lives, pairwise(places), strict=False)
+    """How often the trial's job went back into the queue for no failure, by the supervisor's doing or by SLURM's own."""
+    again: int = sum(
+        before.started["job_id"] == then.started["job_id"]
+        and before.started["life"] != then.started["life"]
+        and (before.requeued is None or _returned(before))
+        for before, then in pairwise(lives)
     )
     return again + int(bool(lives) and _returned(lives[-1]))
 

@@ -264,10 +264,10 @@ class Supervisor:
         if found == "disk" and not full:  # no disk of ours: the node's own
             found = "node"
         killed = found in ("killed", "communication") and _first_end(log) == signal.strsignal(signal.SIGKILL)  # by somebody
-        blamed = found == "node" or (fruitless and not killed and found not in failure.REPEATS and found not in (*NO_FAILURE, "disk"))
-        return End(state, found, error or f"srun ended with {exit_status}", nodes=self._failed(found, rank, log) if blamed else "")
+        blamed = found == "node" or (fruitless and not killed and found not in (*failure.REPEATS, *NO_FAILURE, "disk"))
+        return End(state, found, error or f"srun ended with {exit_status}", nodes=self._to_blame(found, rank, log) if blamed else "")
 
-    def _failed(self, kind: str, rank: int | None, log: Path) -> str:
+    def _to_blame(self, kind: str, rank: int | None, log: Path) -> str:
         """The nodes where the ranks failed: that of the rank whose error is told, else of the first to end; all if no rank could know."""
         said = Path(f"{log}_srun_log.err").read_text(errors="replace")
         if kind == "communication":

@@ -93,7 +93,7 @@ def test_the_node_of_the_rank_that_failed_is_blamed(
 ) -> None:
     supervisor.nodes = "n[1-3]"
     (tmp_path / "7_0.0.1_srun_log.err").write_text(said)
-    assert supervisor._failed(kind, rank, tmp_path / "7_0.0.1") == expected
+    assert supervisor._to_blame(kind, rank, tmp_path / "7_0.0.1") == expected
 
 
 def test_a_life_is_late_once_the_signal_may_have_come(supervisor: Supervisor) -> None:
