@@ -175,7 +175,7 @@ class Supervisor:
         with open(f"{log}_srun_log.err", "ab") as said:
             process = subprocess.Popen(self._srun(trial, log), env=os.environ | self._meeting(), stdin=subprocess.DEVNULL, stderr=said)
         stalled = self._watch(process, folder)
-        end = self._judge(process.returncode, stalled, attempt, folder, log)
+        end = self._judge(process.poll() or 0, stalled, attempt, folder, log)
         if not Path(said.name).stat().st_size:
             Path(said.name).unlink()
         end.seconds = time.monotonic() - began
@@ -204,10 +204,13 @@ class Supervisor:
         return {"MASTER_ADDR": slurm.address(slurm.first_host(self.nodes)), "MASTER_PORT": str(port), "WRBENCH_JOB_ID": self.job_id}
 
     def _watch(self, process: subprocess.Popen[bytes], folder: TrialFolder) -> bool:
-        """Returns when the ranks have ended; True if they had to be killed since nothing moved."""
+        """Returns when the ranks have ended, or have saved themselves in a job that SLURM ends.
+
+        True if they had to be killed since nothing moved.
+        """
         size, moved, stalled = -1, time.monotonic(), False
         looked = moved
-        while process.poll() is None:
+        while process.poll() is None and not (self.terminated and self._have_saved(folder)):  # SIGKILL may come before they have left
             now = folder.journal.stat().st_size if folder.journal.exists() else 0
             slept, looked = time.monotonic() - looked, time.monotonic()
             if now != size or slept > POLL + SUSPENDED:
@@ -223,6 +226,9 @@ class Supervisor:
                     moved = looked
             time.sleep(POLL)
         return stalled
+
+    def _have_saved(self, folder: TrialFolder) -> bool:
+        return any(line["attempt"] == self.attempt and line.get("event") == "stop" for line in journal.glance(folder.journal))
 
     def _kill_ranks(self, process: subprocess.Popen[bytes]) -> None:
         try:

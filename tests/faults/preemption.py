@@ -221,7 +221,7 @@ def heard(lab: Lab) -> Iterator[Row]:
 @fault("preemption where only TERM comes, and KILL with no warning", slurm=True)
 def otherwise(lab: Lab) -> Iterator[Row]:
     times, pace = (3, 120) if lab.thorough else (1, 60)
-    with lab.another_cluster(preempt_send_user_signal=False, grace_seconds=30, nodes=8 if lab.thorough else 4) as cluster:
+    with lab.another_cluster(preempt_send_user_signal=False, grace_seconds=30, kill_wait=5, nodes=8 if lab.thorough else 4) as cluster:
         abrupt = ["PartitionName=abrupt", "Nodes=ALL", "PriorityTier=1", "PreemptMode=REQUEUE", "GraceTime=0"]
         subprocess.run(["scontrol", "create", *abrupt], check=True, capture_output=True, timeout=60)
         python = f"{PYTHON} *=pace@{pace}"
