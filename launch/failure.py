@@ -6,14 +6,17 @@ import re
 
 REPEATS = ("configuration",)
 """would only fail again in the same way: never tried again by itself"""
+OF_THE_TRIAL = ("out of memory", "data", "assertion", "error")
+"""with the same words on a second node, it is the trial that fails and not the node"""
 
 _SIGNS = (
     ("configuration", r"\bBadInput\b|ValidationError"),
     ("out of memory", r"OutOfMemoryError|out of memory|MemoryError|DefaultCPUAllocator: can't allocate|oom.kill|OUT_OF_MEMORY"),
     (
         "node",
-        r"NODE_FAIL|Node failure|uncorrectable|Xid|CUDA-capable device|No CUDA GPUs|CUDA unknown error|cudaGetDeviceCount|NVIDIA driver"
-        r"|Stale file handle|Input/output error"
+        r"NODE_FAIL|Node failure|uncorrectable|Xid|CUDA-capable device|Stale file handle|Input/output error"
+        r"|GPU is lost|fallen off the bus|NVIDIA driver|CUDA driver|No CUDA GPUs|CUDA unknown error|cudaGetDeviceCount|NVML"
+        r"|CUDA error: (unspecified launch failure|hardware stack error|unknown error)"
         r"|(step|task|tasks) .*launch failed|Unable to (create|launch) .*(step|task)|Communication connection failure|node not available",
     ),
     ("port", r"EADDRINUSE|[Aa]ddress already in use"),

@@ -7,7 +7,8 @@ A line: time, event, trial_id (the hash of its config), arm, seed, phase, attemp
     withdrawn   SLURM: sbatch refused that submission
     started     SLURM: a life of a trial begins: job_id, life (0-based, of the job), nodes, ranks, step
     ended       a local one: state; a SLURM one: state, kind, step, seconds, checkpoint, run_id, error
-    requeued    SLURM: kind (preempted | time limit | node | disk), why this array task goes back into the queue
+    requeued    SLURM: kind (preempted | time limit | node | disk | elsewhere), why this array task goes back into the queue
+    avoids      SLURM: nodes, where its ranks failed and this array task is not run again; why
     cancelled   taken out of the queue, or stopped
 
 `attempt` is the number that the job will claim, so that a record of an earlier attempt is told from this one's. Several
@@ -80,13 +81,15 @@ class Ledger:
             match read["event"]:
                 case "queued":
                     entry.token, entry.index, entry.code, entry.job_id = read.get("token"), read.get("index"), read.get("code"), None
-                    entry.since, entry.cancelled = len(entry.lives), False
+                    entry.since, entry.cancelled, entry.avoids = len(entry.lives), False, {}
                 case "submitted" if read.get("token") == entry.token:
                     entry.job_id = read["job_id"]
                 case "cancelled" if read.get("token") == entry.token:
                     entry.cancelled = True
                 case "started":
                     entry.lives.append(Life(read))
+                case "avoids" if read.get("token") == entry.token:
+                    entry.avoids[read["nodes"]] = read["why"]
                 case "ended" | "requeued" as event:
                     for life in reversed(entry.lives):  # of an older life, when a node that was cut off comes back
                         if life.started["attempt"] == read["attempt"] and getattr(life, event) is None:
@@ -135,6 +138,8 @@ class Entry:
     """lives before the newest submission"""
     cancelled: bool = False
     """taken back since then; a life that runs saves itself first"""
+    avoids: dict[str, str] = field(default_factory=dict)
+    """nodes that its array task is kept from -> why"""
 
     @property
     def lives_on(self) -> bool:

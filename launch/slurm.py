@@ -11,9 +11,10 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 SECONDS = 60.0
 """that a command may take; SLURM's own clients give up on a controller that is down after about as long"""
@@ -99,6 +100,34 @@ def job(job_id: str) -> dict[str, str]:
 
 def requeue(job_id: str, hold: bool) -> None:
     run("scontrol", "requeuehold" if hold else "requeue", job_id, seconds=20)
+
+
+def exclude(job_id: str, nodes: str) -> None:
+    """A job that waits is not begun on these nodes either, for as long as it is in the queue. Raises SlurmError."""
+    run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={_excluded(job(job_id), nodes)}", seconds=20)
+
+
+def check_place(job_id: str, script: Path, nodes: str) -> None:
+    """Raises SlurmError unless nodes that are up, beside these and what the array task excludes already, could run its script."""
+    task = job(job_id)
+    excluded = _excluded(task, nodes)
+    try:
+        run("sbatch", "--test-only", f"--array={task['ArrayTaskId']}", f"--exclude={excluded}", str(script), seconds=20)
+    except SlurmError as error:
+        if "limit" not in str(error).lower():
+            raise
+        # Nothing can be tried by a user who has as many jobs as allowed: the nodes of the partition are counted instead.
+        printed = run("sinfo", "--noheader", "--Node", f"--partition={task['Partition']}", "--format=%N %T", seconds=20)
+        up = {node for node, state in map(str.split, printed.splitlines()) if not re.search(r"down|drain|fail|maint|unk|\*", state)}
+        left = up - set(run("scontrol", "show", "hostnames", excluded).split())
+        if len(left) < int(task["NumNodes"].split("-")[0]):
+            raise SlurmError(f"partition {task['Partition']} has {len(left)} other node(s) up") from None
+
+
+def _excluded(job: Mapping[str, str], nodes: str) -> str:
+    """With what the job excludes already, by its user's wish or since an earlier failure: an update replaces the list."""
+    before = job.get("ExcNodeList", "(null)")
+    return nodes if before == "(null)" else f"{before},{nodes}"
 
 
 def release(job_ids: Sequence[str]) -> None:

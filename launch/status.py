@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +70,8 @@ class Row:
     """of these, since the last checkpoint before an end that was none, and starting up again"""
     nodes: str | None = None
     """where it runs, or ran last"""
+    avoids: dict[str, str] = field(default_factory=dict)
+    """nodes where its ranks failed and it is not run again -> why"""
     reason: str | None = None
     """why it waits, in SLURM's words; a held one with the command that releases it"""
     code: str | None = None
@@ -116,10 +118,11 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
         seconds_left=left,
         expected_finish=None if left is None else datetime.fromtimestamp(time.time() + left).isoformat(timespec="minutes"),
         preemptions=_returns(lives),
-        failures=sum(life.ended is not None and life.requeued is None and life.ended["state"] not in ENDED_WELL for life in lives),
+        failures=sum(life.ended is not None and not _returned(life) and life.ended["state"] not in ENDED_WELL for life in lives),
         gpu_hours=used,
         gpu_hours_lost=lost,
         nodes=lives[-1].started["nodes"] if lives else None,
+        avoids=entry.avoids,
         reason=_reason(task) if task is not None and task.waits else None,
         code=entry.code,
         logs=tuple(map(str, newest_logs(folder))),
@@ -127,10 +130,19 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
 
 
 def _returns(lives: Sequence[Life]) -> int:
-    """How often the trial's job went back into the queue, by the supervisor's doing or by SLURM's own."""
-    places = [(str(life.started["job_id"]), int(life.started["life"])) for life in lives]
-    again = sum(job == same and life != later for (job, life), (same, later) in pairwise(places))
-    return again + int(bool(lives) and lives[-1].requeued is not None)
+    """How often the trial's job went back into the queue for no failure, by the supervisor's doing or by SLURM's own."""
+    again: int = sum(
+        before.started["job_id"] == then.started["job_id"]
+        and before.started["life"] != then.started["life"]
+        and (before.requeued is None or _returned(before))
+        for before, then in pairwise(lives)
+    )
+    return again + int(bool(lives) and _returned(lives[-1]))
+
+
+def _returned(life: Life) -> bool:
+    """Whether it was requeued for anything but a failure that may be its nodes'."""
+    return life.requeued is not None and life.requeued["kind"] != "elsewhere"
 
 
 def _reason(task: slurm.Task) -> str:
@@ -245,6 +257,10 @@ def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], n
     below += [f"{r.trial_id} {r.arm} seed {r.seed} waits: {r.reason}" for r in found if r.reason and "held" in r.reason]
     reasons = Counter(r.reason for r in found if r.reason and "held" not in r.reason)
     below += [f"{n} queued: {reason}" for reason, n in reasons.most_common()]
+    avoided = [(nodes, why) for r in found for nodes, why in r.avoids.items()]
+    for nodes, trials in Counter(nodes for nodes, _ in avoided).items():
+        why = next(why for other, why in reversed(avoided) if other == nodes)
+        below.append(f"{nodes}: the ranks of {trials} trial(s) failed there, which are not run there again; {why}")
     if now.warning:
         below.append(f"{now.warning}; states are the last known ones")
     below += _beside_the_plan(loaded, store, found, now)

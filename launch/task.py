@@ -4,8 +4,9 @@
 
 It outlives the ranks: whatever ends them, all at once or one (srun then kills the others), is known from the trial's
 journal. Then one of: the next trial; the same again from its last checkpoint; `scontrol requeue` of this one task, after a
-preemption or near the time limit; or the trial is given up, which is recorded. A signal that asks the ranks to save
-themselves reaches them and not this process. After a node failure SLURM itself requeues the task.
+preemption, near the time limit, or for other nodes than those where the ranks failed; or the trial is given up, which is
+recorded. A signal that asks the ranks to save themselves reaches them and not this process. After a node failure that
+SLURM sees it requeues the task itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,6 +41,8 @@ SUSPENDED = 30.0
 """seconds more than that, and the whole job was suspended, which is no stall of its ranks"""
 SLACK = 75.0
 """seconds that SLURM may send its signal earlier than asked, and some"""
+OVER = "TimeLimit"
+"""SLURM's reason for ending a job by SIGTERM, which can go back into the queue until SIGKILL follows (KillWait, 30 s by default)"""
 STOPPED = ("preempted", "time limit", "stopped")
 """kinds of ends after which the task goes back into the queue"""
 NO_FAILURE = (*STOPPED, "terminated", "superseded", "cancelled", "port")
@@ -64,13 +67,15 @@ class End:
     error: str | None = None
     seconds: float = 0.0
     """from srun to its end"""
-    fields: dict[str, Any] = field(default_factory=dict)
+    nodes: str = ""
+    """to blame, perhaps: the next try is elsewhere, if there is elsewhere"""
 
 
 class Supervisor:
     """One life of one array task."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.given = Submission.read(folder)
         self.cluster = self.given.cluster
         self.store = Store(self.given.store)
@@ -118,7 +123,10 @@ class Supervisor:
                             return self._requeue(end.kind, trial, folder)
                     elif end.kind in (*ENDED_WELL, "cancelled") or self._is_hopeless(end, trial, folder):
                         continue
-                    elif end.kind == "node":  # perhaps there are better ones
+                    elif end.nodes and self._is_elsewhere(end.nodes, trial):
+                        delivering.close()
+                        return self._requeue("elsewhere", trial, folder, failed=end)
+                    elif end.kind == "node":  # perhaps there are better ones later
                         delivering.close()
                         return self._requeue(end.kind, trial, folder)
             given_up += folder.state().state in RETRIED
@@ -167,7 +175,7 @@ class Supervisor:
         with open(f"{log}_srun_log.err", "ab") as said:
             process = subprocess.Popen(self._srun(trial, log), env=os.environ | self._meeting(), stdin=subprocess.DEVNULL, stderr=said)
         stalled = self._watch(process, folder)
-        end = self._judge(process.returncode, stalled, attempt, folder, log)
+        end = self._judge(process.poll() or 0, stalled, attempt, folder, log)
         if not Path(said.name).stat().st_size:
             Path(said.name).unlink()
         end.seconds = time.monotonic() - began
@@ -196,10 +204,13 @@ class Supervisor:
         return {"MASTER_ADDR": slurm.address(slurm.first_host(self.nodes)), "MASTER_PORT": str(port), "WRBENCH_JOB_ID": self.job_id}
 
     def _watch(self, process: subprocess.Popen[bytes], folder: TrialFolder) -> bool:
-        """Returns when the ranks have ended; True if they had to be killed since nothing moved."""
+        """Returns when the ranks have ended, or have saved themselves in a job that SLURM ends.
+
+        True if they had to be killed since nothing moved.
+        """
         size, moved, stalled = -1, time.monotonic(), False
         looked = moved
-        while process.poll() is None:
+        while process.poll() is None and not (self.terminated and self._have_saved(folder)):  # SIGKILL may come before they have left
             now = folder.journal.stat().st_size if folder.journal.exists() else 0
             slept, looked = time.monotonic() - looked, time.monotonic()
             if now != size or slept > POLL + SUSPENDED:
@@ -215,6 +226,9 @@ class Supervisor:
                     moved = looked
             time.sleep(POLL)
         return stalled
+
+    def _have_saved(self, folder: TrialFolder) -> bool:
+        return any(line["attempt"] == self.attempt and line.get("event") == "stop" for line in journal.glance(folder.journal))
 
     def _kill_ranks(self, process: subprocess.Popen[bytes]) -> None:
         try:
@@ -242,20 +256,40 @@ class Supervisor:
             return End(state, self._why_stopped())
         if self.terminated:
             return End(state, "terminated")
+        fruitless = state.committed == newest["step"]
         if stalled:
-            return End(state, "stalled", f"no line in the journal for {self.cluster.stall_timeout_seconds} s")
+            silence = f"no line in the journal for {self.cluster.stall_timeout_seconds} s"
+            return End(state, "stalled", silence, nodes=self.nodes if fruitless else "")
         if exit_status == 0:
             return End(state, "superseded")
-        error = next((line["error"] for line in own if line.get("event") == "end"), None) or _logged(log)
+        written = [(line.get("rank"), line["error"]) for line in own if line.get("event") == "end" and line["error"]]
+        rank, error = written[0] if written else _logged(log)
         if full and error is None:
             return End(state, "disk", f"no room for the trial's files; srun ended with {exit_status}")
         found = failure.kind(error, exit_status, self._slurms_word() or _launch_failure(log))
-        return End(state, found, error or f"srun ended with {exit_status}")
+        if found == "disk" and not full:  # no disk of ours: the node's own
+            found = "node"
+        killed = found in ("killed", "communication") and _first_end(log) == signal.strsignal(signal.SIGKILL)  # by somebody
+        blamed = found == "node" or (fruitless and not killed and found not in (*failure.REPEATS, *NO_FAILURE, "disk"))
+        return End(state, found, error or f"srun ended with {exit_status}", nodes=self._to_blame(found, rank, log) if blamed else "")
+
+    def _to_blame(self, kind: str, rank: int | None, log: Path) -> str:
+        """The nodes where the ranks failed: that of the rank whose error is told, else of the first to end; all if no rank could know."""
+        said = Path(f"{log}_srun_log.err").read_text(errors="replace")
+        if kind == "communication":
+            return self.nodes
+        if unlaunched := re.search(r"launch.* failed on node ([^\s:]+)", said):
+            return unlaunched[1]
+        ends = re.findall(r"^srun: error: (\S+): tasks? ([-,\d]+): ", said, re.M)
+        first = [node for node, _ in ends]
+        return next((node for node, tasks in ends if rank in _numbers(tasks)), first[0] if first else self.nodes)
 
     def _why_stopped(self) -> str:
         """preempted | time limit | stopped (by a signal from a person), or terminated when SLURM ends the job anyway."""
         state = self._state_of_job()
         requeued = int(state.get("Restarts", self.life)) > self.life
+        if state.get("Reason") == OVER:
+            return "time limit"
         if state.get("JobState") in ("CANCELLED", "TIMEOUT", "FAILED", "COMPLETING") and not requeued:
             return "terminated"
         if state.get("PreemptTime", "None") not in ("None", "Unknown"):
@@ -294,15 +328,19 @@ class Supervisor:
 
     def _is_hopeless(self, end: End, trial: Trial, folder: TrialFolder) -> bool:
         """Whether one more try would fail as well, so that the trial is recorded as failed."""
-        entry, failures = self._entry(trial.trial_id), 0
+        entry, failures, nodes = self._entry(trial.trial_id), 0, set[str]()
         for life in reversed(entry.lives[entry.since :]):
             if life.ended is None or life.ended["kind"] in NO_FAILURE:
                 continue
             if life.ended["step"] != end.state.committed:
                 break
             failures += 1
-        if end.kind in failure.REPEATS or failures > self.cluster.max_retries:
-            tries = f" ({failures} times without a new checkpoint)" if failures > 1 else ""
+            if (life.ended["kind"], life.ended.get("error")) == (end.kind, end.error):
+                nodes.add(life.started["nodes"])
+        everywhere = end.kind in failure.OF_THE_TRIAL and len(nodes) > 1
+        if end.kind in failure.REPEATS or everywhere or failures > self.cluster.max_retries:
+            where = f", on {' and '.join(sorted(nodes))}" if len(nodes) > 1 else ""
+            tries = f" ({failures} times without a new checkpoint{where})" if failures > 1 else ""
             self._give_up("failed", f"{end.kind}: {end.error}{tries}", trial, folder)
             return True
         _say(f"{trial.trial_id}: {end.kind}: {end.error}; again from step {end.state.committed}")
@@ -319,24 +357,54 @@ class Supervisor:
 
     # -------------------------------------------------------------------------------------------------- requeue
 
-    def _requeue(self, kind: str, trial: Trial, folder: TrialFolder, hold: bool = False) -> int:
+    def _is_elsewhere(self, nodes: str, trial: Trial) -> bool:
+        """Whether SLURM could run this task on other nodes: one that excludes all there are would wait for ever."""
+        try:
+            (script,) = self.folder.glob("*submission*.sh")
+            slurm.check_place(self.job_id, script, nodes)
+        except (slurm.SlurmError, ValueError) as error:
+            _say(f"{trial.trial_id}: again on {nodes}, since SLURM has no other place: {error}")
+            return False
+        return True
+
+    def _avoid(self, failed: End, trial: Trial, folder: TrialFolder) -> None:
+        """This task, which is in the queue again and cannot begin while this process lives, is not to come back to these nodes."""
+        why = f"{failed.kind}: {failed.error}"
+        for _ in range(3):  # scontrol itself may be ended by SLURM's SIGTERM to all of the job
+            try:
+                slurm.exclude(self.job_id, failed.nodes)
+            except slurm.SlurmError as error:
+                refusal = error
+                time.sleep(POLL)
+            else:
+                where = {"token": self.given.token, "job_id": self.job_id, "nodes": failed.nodes}
+                self._note_down("avoids", trial, folder.newest_attempt(), **where, why=why)
+                _say(f"{trial.trial_id}: not on {failed.nodes} again, where it failed: {why}")
+                return
+        _say(f"{trial.trial_id}: may come to {failed.nodes} again, where it failed: {refusal}")
+
+    def _requeue(self, kind: str, trial: Trial, folder: TrialFolder, hold: bool = False, failed: End | None = None) -> int:
         """Puts this one array task back into the queue, however long the controller is away; SLURM then ends this process.
 
-        hold: there it waits until somebody releases it, as the next submission does.
+        hold: there it waits until somebody releases it, as the next submission does. failed: it is kept from the nodes of that end.
         """
-        self._note_down("requeued", trial, folder.newest_attempt(), token=self.given.token, job_id=self.job_id, life=self.life, kind=kind)
+        attempt = folder.newest_attempt() if failed is None else self.attempt  # which the ranks may not have come to claim
+        self._note_down("requeued", trial, attempt, token=self.given.token, job_id=self.job_id, life=self.life, kind=kind)
         wait = 1.0
-        while not self.terminated:
+        while not self.terminated or kind == "time limit":
             try:
                 job = slurm.job(self.job_id)
-                if int(job.get("Restarts", self.life)) > self.life or job["JobState"] not in ("RUNNING", "SUSPENDED"):
+                lives = job["JobState"] in ("RUNNING", "SUSPENDED") or job.get("Reason") == OVER
+                if int(job.get("Restarts", self.life)) > self.life or not lives:
                     return 0
                 slurm.requeue(self.job_id, hold)
+                if failed is not None:
+                    self._avoid(failed, trial, folder)
                 break
             except slurm.SlurmError as error:
-                if not self.terminated:
-                    _say(f"{error}; trying again in {wait:.0f} s")
-                    time.sleep(wait)
+                wait = POLL if self.terminated else wait
+                _say(f"{error}; trying again in {wait:.0f} s")
+                time.sleep(wait)
                 wait = min(2 * wait, 15.0)
         until = time.monotonic() + 60
         while not self.terminated and time.monotonic() < until:  # a job that ends by itself first would not be requeued
@@ -349,10 +417,17 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _logged(log: Path) -> str | None:
-    """The error of the first rank that left one in its log; one that only lost its peers comes last."""
-    errors = [error for path in sorted(log.parent.glob(f"{log.name}_*_log.err")) if (error := final_error(path))]
-    return min(errors, key=lambda error: failure.kind(error, None) == "communication", default=None)
+def _logged(log: Path) -> tuple[int | None, str | None]:
+    """The first rank that left an error in its log, and that; one that only lost its peers comes last."""
+    paths = sorted(log.parent.glob(f"{log.name}_[0-9]*_log.err"))
+    errors = [(int(path.name.split("_")[-2]), error) for path in paths if (error := final_error(path))]
+    return min(errors, key=lambda found: failure.kind(found[1], None) == "communication", default=(None, None))
+
+
+def _numbers(ranks: str) -> set[int]:
+    """0-2,5 -> {0, 1, 2, 5}"""
+    ends = [[int(end) for end in part.split("-")] for part in ranks.split(",")]
+    return {rank for first, *last in ends for rank in range(first, (last or [first])[0] + 1)}
 
 
 def _launch_failure(log: Path) -> str | None:

@@ -36,6 +36,8 @@ UNTOUCHED = {"tasks_per_node": 1, "gpus_per_node": None, "partition": "high"}
 """on the same nodes, out of reach of a preemption and not in the way of one, which takes the GPUs"""
 DEAF = "env --block-signal=TERM "
 """for ranks that hear nothing before KILL: without grace SLURM still sends TERM, some seconds earlier"""
+LATE = "env --block-signal=USR2 "
+"""for ranks that hear of a time limit by TERM alone, when it is there"""
 FORKED = 4
 """children of each rank, by faulty_rank's `fork`"""
 
@@ -219,7 +221,7 @@ def heard(lab: Lab) -> Iterator[Row]:
 @fault("preemption where only TERM comes, and KILL with no warning", slurm=True)
 def otherwise(lab: Lab) -> Iterator[Row]:
     times, pace = (3, 120) if lab.thorough else (1, 60)
-    with lab.another_cluster(preempt_send_user_signal=False, grace_seconds=30, nodes=8 if lab.thorough else 4) as cluster:
+    with lab.another_cluster(preempt_send_user_signal=False, grace_seconds=30, kill_wait=5, nodes=8 if lab.thorough else 4) as cluster:
         abrupt = ["PartitionName=abrupt", "Nodes=ALL", "PriorityTier=1", "PreemptMode=REQUEUE", "GraceTime=0"]
         subprocess.run(["scontrol", "create", *abrupt], check=True, capture_output=True, timeout=60)
         python = f"{PYTHON} *=pace@{pace}"
@@ -261,7 +263,10 @@ def otherwise(lab: Lab) -> Iterator[Row]:
 
 @fault("time limit", slurm=True, beside=True)
 def time_limit(lab: Lab) -> Iterator[Row]:
-    """SLURM sends the signal 10 to 40 s before the end of a minute. Steps are slow until the limit has come often enough."""
+    """SLURM sends the signal 10 to 40 s before the end of a minute. Steps are slow until the limit has come often enough.
+
+    One trial hears of the limit, which is brought forward, by TERM alone.
+    """
     often, epochs = (3, EPOCHS) if lab.thorough else (1, 3)
     slow = "*=thrice@1000" if lab.thorough else "*=slow@500"  # for three lives, for one: too slow to end in them
     limit = {"tasks_per_node": 1, "gpus_per_node": 1, "time_minutes": 1, "signal_lead_seconds": 10}
@@ -269,14 +274,17 @@ def time_limit(lab: Lab) -> Iterator[Row]:
     (of_long, of_short) = ((PAIRS[0], PAIRS[1]), (PAIRS[2], PAIRS[3])) if lab.thorough else (PAIRS[:1], PAIRS[1:2])
     long = [Pair(lab, "long", *pair, epochs, limit | {"max_timeouts": often}) for pair in of_long]
     short = [Pair(lab, "short", *pair, epochs, limit | {"max_timeouts": often - 1}) for pair in of_short]
+    late = Pair(lab, "late", *PAIRS[0], epochs, limit | {"python": f"{LATE}{PYTHON} *=slow@500", "time_minutes": 10})
+    until(lambda: steps(late.folder) > 5)
+    _change(late, "EndTime=now+1")  # SLURM looks every half a minute
 
     def let_end(pair: Pair) -> None:
         """Once the limit has come often enough, and before it comes once more."""
-        until(lambda: pair.requeued() == often, 400)
-        subprocess.run(["scontrol", "update", f"JobId={pair.job_id}", "TimeLimit=10"], check=True, capture_output=True, timeout=60)
+        until(lambda: pair.requeued() == (1 if pair is late else often), 150 if pair is late else 400)
+        _change(pair, "TimeLimit=10")
 
-    with ThreadPoolExecutor(len(long)) as pool:
-        list(pool.map(let_end, long))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(let_end, [*long, late]))
     unsaid, told = [], []
     for pair in short:
         pair.study.wait("exhausted", seconds=400)
@@ -309,10 +317,17 @@ def time_limit(lab: Lab) -> Iterator[Row]:
         f"time limit {often} times: trials that differ from undisturbed ones", len(differ), 0,
         f"of {len(long)}, requeued {requeued} times; {'; '.join(differ)}", ok=right,
     )  # fmt: skip
-    both = [*long, *short]
-    yield row("time limit: steps repeated", sum(repeated(pair.folder) + sum(pair.lost()) for pair in both), 0)
-    wrong, said_of = tallied([pair.study for pair in both])
+    told_late = f"ended as {', '.join(late.ended())}, requeued {late.requeued()} time(s)"
+    yield row("time limit told by SIGTERM alone: trials that differ from undisturbed ones", len(unlike([late])), 0, told_late,
+              ok=late.ended() == ["time limit", "finished"] and late.requeued() == 1)  # fmt: skip
+    every = [*long, *short, late]
+    yield row("time limit: steps repeated", sum(repeated(pair.folder) + sum(pair.lost()) for pair in every), 0)
+    wrong, said_of = tallied([pair.study for pair in every])
     yield row("time limit: wrong in MLflow", wrong, 0, said_of)
+
+
+def _change(pair: Pair, what: str) -> None:
+    subprocess.run(["scontrol", "update", f"JobId={pair.job_id}", what], check=True, capture_output=True, timeout=60)
 
 
 def _in_mlflow(pair: Pair) -> str:

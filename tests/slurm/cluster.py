@@ -67,7 +67,7 @@ class Cluster:
     enforce: bool = False  # True: an unknown account, or more nodes than a partition has, is refused at once
     preempt_send_user_signal: bool = True  # False: a preempted job gets SIGCONT and SIGTERM only
     grace_seconds: int = 30  # from the first signal of a preemption to SIGKILL
-    kill_wait: int = 5  # from SIGTERM to SIGKILL at the time limit and in scancel
+    kill_wait: int = 15  # from SIGTERM to SIGKILL at the time limit and in scancel
     slurmd_timeout: int = 10  # a node silent for so long is down
     cred_expire: int = 5  # a requeued job waits as long as a credential lives, by default two minutes
     max_array_size: int = 1001

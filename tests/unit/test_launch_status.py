@@ -145,12 +145,14 @@ def test_the_final_error_of_a_rank_is_found_however_torch_and_slurm_frame_it(tmp
 
 
 def test_a_job_that_slurm_itself_requeued_counts_as_such() -> None:
-    def life(job_id: str, number: int, requeued: bool = False) -> Life:
-        return Life({"job_id": job_id, "life": number}, None, {"event": "requeued"} if requeued else None)
+    def life(job_id: str, number: int, requeued: bool = False, kind: str = "preempted") -> Life:
+        return Life({"job_id": job_id, "life": number}, None, {"event": "requeued", "kind": kind} if requeued else None)
 
     killed = [life("7_0", 0), life("7_0", 1), life("7_0", 1), life("7_0", 2)]  # once tried again in place
     assert status._returns(killed) == 2
     assert status._returns([*killed, life("9_0", 0)]) == 2, "another submission is none"
     assert status._returns([life("7_0", 0, requeued=True)]) == 1
     assert status._returns([life("7_0", 0, requeued=True), life("7_0", 1)]) == 1
+    failed = life("7_0", 0, requeued=True, kind="elsewhere")
+    assert status._returns([failed]) == status._returns([failed, life("7_0", 1)]) == 0, "a failure is none"
     assert status._returns([]) == 0

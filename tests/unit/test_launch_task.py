@@ -30,7 +30,7 @@ def supervising(root: Path) -> Supervisor:
     made.store = Store(root)
     made.ledger = Ledger(made.store.study("s"))
     made.cluster = Slurm(executor="slurm", time_minutes=10, signal_lead_seconds=30, max_retries=2)
-    made.job_id, made.attempt, made.terminated, made.began = "7_0", 1, False, time.monotonic()
+    made.job_id, made.nodes, made.attempt, made.terminated, made.began = "7_0", "n1", 1, False, time.monotonic()
     return made
 
 
@@ -51,6 +51,49 @@ def test_ends_that_are_no_failure_do_not_use_up_the_retries(supervisor: Supervis
     supervisor.attempt = folder.newest_attempt()
     supervisor.given = type("Given", (), {"token": "t"})()
     assert supervisor._is_hopeless(End(folder.state(), "error", "boom"), t, folder) is hopeless
+
+
+@pytest.mark.parametrize(
+    ("lives", "hopeless"),
+    [
+        ([("n1", "error", "boom"), ("n2", "error", "boom")], True),
+        ([("n1", "error", "boom"), ("n1", "error", "boom")], False),  # there was no other node
+        ([("n1", "error", "bang"), ("n2", "error", "boom")], False),
+        ([("n1", "node", "boom"), ("n2", "node", "boom")], False),  # there are more than two bad nodes on earth
+        ([("n1", "node", "boom"), ("n2", "node", "boom"), ("n3", "node", "boom")], True),  # max_retries
+    ],
+)
+def test_the_same_error_on_a_second_node_is_the_trials_own(
+    supervisor: Supervisor, lives: list[tuple[str, str, str]], hopeless: bool
+) -> None:
+    t = trial()
+    folder = supervisor.store.trial("s", t.trial_id)
+    folder.write_config(t)
+    supervisor.ledger.append("queued", t, 1, token="t", index=0)
+    for node, kind, error in lives:
+        supervisor.ledger.append("started", t, 1, **PLACE | {"nodes": node})
+        supervisor.ledger.append("ended", t, 1, kind=kind, error=error, state="interrupted", step=0)
+    supervisor.attempt = folder.newest_attempt()
+    supervisor.given = type("Given", (), {"token": "t"})()
+    assert supervisor._is_hopeless(End(folder.state(), *lives[-1][1:]), t, folder) is hopeless
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "rank", "expected"),
+    [
+        ("srun: error: n3: tasks 4-5: Exited with exit code 1\nsrun: error: n2: task 3: Exited with exit code 1\n", "error", 3, "n2"),
+        ("srun: error: n3: tasks 4-5: Exited with exit code 1\nsrun: error: n2: task 3: Terminated\n", "error", None, "n3"),
+        ("srun: error: n3: tasks 4-5: Exited with exit code 1\n", "communication", 4, "n[1-3]"),  # who did not answer?
+        ("srun: error: Task launch for StepId=7.0 failed on node n2: Communication connection failure\n", "node", None, "n2"),
+        ("", "error", 0, "n[1-3]"),
+    ],
+)
+def test_the_node_of_the_rank_that_failed_is_blamed(
+    supervisor: Supervisor, tmp_path: Path, said: str, kind: str, rank: int | None, expected: str
+) -> None:
+    supervisor.nodes = "n[1-3]"
+    (tmp_path / "7_0.0.1_srun_log.err").write_text(said)
+    assert supervisor._to_blame(kind, rank, tmp_path / "7_0.0.1") == expected
 
 
 def test_a_life_is_late_once_the_signal_may_have_come(supervisor: Supervisor) -> None:
