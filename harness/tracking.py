@@ -100,6 +100,11 @@ def _scheme(uri: str) -> str:
     return uri.partition("://")[0] if "://" in uri else ""
 
 
+def is_server(uri: str) -> bool:
+    """Whether a tracking URI is of an MLflow server, not of a database."""
+    return _scheme(uri) in ("http", "https")
+
+
 def redacted(text: str) -> str:
     """`text` with user:password in URIs struck out, and the tracking token and password of the environment wherever they stand."""
     text = re.sub(r"://\S*@", "://***@", text)
@@ -169,7 +174,7 @@ def _known_schemes() -> list[str]:
 def open_ui(store: Store, port: int) -> None:
     """Prints the addresses of MLflow's UI and of the studies in it; for a store in a database, becomes that UI until it is told to end."""
     uri = tracking_uri(store)
-    if _scheme(uri) in ("http", "https"):
+    if is_server(uri):
         print(f"MLflow UI: {redacted(uri)}")
         _print_studies(store, re.sub(r"://\S*@", "://", uri))
         return
@@ -306,7 +311,7 @@ def open_experiment(store: Store, study: str, uri: str | None = None) -> Experim
     """The study's experiment, made once, with what MLflow's UI shows of it. Raises DeliveryError."""
     uri = uri or tracking_uri(store)
     # a server knows where its artifacts belong; a bare database does not
-    artifacts = None if _scheme(uri) in ("http", "https") else (store.study(study) / "artifacts").as_uri()
+    artifacts = None if is_server(uri) else (store.study(study) / "artifacts").as_uri()
     try:
         with _database_made_once(uri):
             client = _client(uri)
@@ -669,7 +674,7 @@ def _log(path: Path, text: str) -> None:
 
 def _answers(uri: str, seconds: float) -> bool:
     """Whether a tracking server says anything at all within so many seconds; True for what is no HTTP server."""
-    if _scheme(uri) not in ("http", "https"):
+    if not is_server(uri):
         return True
     scheme, _, rest = uri.partition("://")
     address = f"{scheme}://{rest.rpartition('@')[2].rstrip('/')}/health"

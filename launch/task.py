@@ -96,7 +96,7 @@ class Supervisor:
             folder = self.store.trial(self.given.study, trial_id)
             trial = folder.read_config()
             with ExitStack() as delivering:
-                if tracking.tracking_uri(self.store).startswith(("http://", "https://")) and not self._over(trial_id, folder):
+                if tracking.is_server(tracking.tracking_uri(self.store)) and not self._over(trial_id, folder):
                     sender = tracking.start_delivery(self.store, self.given.study, [trial_id])
                     delivering.callback(sender.stop, TO_DELIVER)
                 while not self._over(trial_id, folder):
