@@ -169,8 +169,10 @@ class TrialFolder:
             yield
 
     def finished_result(self) -> dict[str, Any] | None:
-        """result.json of a finished trial; None for any other, also for what a superseded attempt wrote in its last moment, and
-        beside a journal that does not say so (cut, or an older copy), whose numbers are not there to be read."""
+        """result.json of a finished trial, else None.
+
+        Passed over if a superseded attempt wrote it, or if the journal, cut or an older copy, does not tell of the end.
+        """
         result = self._result()
         if not result or result["state"] != "finished" or self.is_superseded(result["attempts"]):
             return None

@@ -285,7 +285,7 @@ def _folders(store: Store, study: str, trials: Collection[str] | None = None) ->
 def held_alone(path: Path, until: float) -> Iterator[bool]:
     """Whether this process alone holds the lock: False if another one still does so at the time `until`.
 
-    True on a file system without locks: two deliveries then send the same, and of two runs one goes, see `_find_run`.
+    Also True where there are no locks: two deliveries then send the same points, and `_find_run` deletes the surplus run.
     """
     with open(path, "a") as file:
         while True:
@@ -320,7 +320,7 @@ def open_experiment(store: Store, study: str, uri: str | None = None) -> Experim
         raise DeliveryError(f"MLflow at {redacted(uri)}: {one_line(error)}") from None
     if found.lifecycle_stage != "active":
         raise DeliveryError(f"MLflow at {redacted(uri)}: experiment {study} is deleted; `mlflow experiments restore` brings it back")
-    with suppress(Exception):  # looks only: a server that lets nobody change an experiment takes runs all the same
+    with suppress(Exception):  # cosmetic: where nobody may change an experiment, runs can still be delivered
         for key, value in ui.experiment_tags(found.creation_time).items():
             if key not in found.tags:  # a description that somebody wrote, a view that somebody changed stay
                 client.set_experiment_tag(found.experiment_id, key, value)
@@ -652,8 +652,8 @@ def _threads(pid: int) -> list[int]:
 def _schedule(pid: int, policy: int, nice: int) -> None:
     """Priority of a thread, as far as this user may set it (upwards only root may): CPU, and the disk's with the policy.
 
-    Where Linux groups by session (autogroup), even an idle group gives way only at the next tick: of busy cores it takes little, but
-    what waits for the disk beside it, as the commit of a checkpoint does, may wake up some milliseconds late each time.
+    Where Linux groups by session (autogroup), an idle group yields only at the next tick: delivery takes little of busy cores, but a
+    thread that waits for the disk, as the commit of a checkpoint does, may wake up some milliseconds late each time.
     """
     with suppress(OSError):
         os.sched_setscheduler(pid, policy, os.sched_param(0))

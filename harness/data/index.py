@@ -220,8 +220,10 @@ class Index:
             raise BadInput("\n".join(lines))
 
     def _size_fault(self, data: Data) -> str | None:
-        """Says so when nothing is resized and the first image has another size than data says. Shards that lie elsewhere are not asked,
-        and an image that cannot be read is named once it is used."""
+        """A message if nothing is resized and the first image is not of image_size, else None.
+
+        Remote shards are skipped, and so is an image that cannot be read, which is named once it is used.
+        """
         if data.resize is not None or not isinstance(self.folder, Path) or not len(self.label):
             return None
         from harness.data import decode
