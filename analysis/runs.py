@@ -6,7 +6,6 @@ but that never started, was killed, failed or diverged is a row with its state, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ import pandas as pd
 
 from analysis.tracked import Run, tracked
 from analysis.tracked import Unreadable as Unreadable
-from harness import journal, schedule
+from harness import journal, schedule, tracking
 from harness.config import BadInput, Trial, dotted
 from harness.store import ENDED, Store, TrialFolder
 from harness.study import LoadedStudy, load, planned
@@ -140,7 +139,7 @@ def read(study: StudyName, store: str | Path = "runs", tracking_uri: str | None 
     """What `trials`, `history` and `check` are made of, in one pass. Arguments and errors as for `trials`."""
     home = Store(Path(store))
     loaded = _find(study, home)
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.root / 'mlflow.db'}"
+    uri = tracking_uri or tracking.tracking_uri(home)
     runs, points = tracked(loaded.name, uri, home.study(loaded.name) / "cache" / "points.parquet")
     folders = {folder.path.name: folder for folder in home.trials(loaded.name)}
     answers = points[points.metric == "anytime/holdout_top1"].drop_duplicates("trial_id", keep="last").set_index("trial_id").value.to_dict()

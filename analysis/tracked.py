@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlalchemy as sa
 
-from harness.tracking import redacted
+from harness.tracking import is_server, redacted
 
 MLFLOW_INF = 1.797e308
 """MLflow stores an infinity as the largest double; what is at least this was one."""
@@ -399,7 +399,7 @@ def _from_client(experiment: str, uri: str) -> tuple[dict[str, Run], pa.Table]:
             metrics[run.info.run_id] = sorted(run.data.metrics)
         token = page.token or None
     newest = _newest(runs)
-    histories = _histories_of_server if uri.startswith(("http://", "https://")) else _histories
+    histories = _histories_of_server if is_server(uri) else _histories
     return newest, _table(histories(client, {run.run_id: metrics[run.run_id] for run in newest.values()}))
 
 

@@ -29,8 +29,8 @@ AHEAD = 2
 KINDS = ("ours, on shards", "ours, on a batch at hand", "bare loop")
 
 LARGE = 31 << 20
-"""bytes. Once a block of so many has been freed, as the first evaluation of a trial does, glibc keeps smaller ones; before, each step on a
-CPU waits a third of its time for fresh pages"""
+"""bytes. Freeing one such block, as a first evaluation does, raises glibc's mmap threshold; before that, steps on a CPU spend a third of
+their time on page faults"""
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def newest(folder: TrialFolder, trial_id: str, reached: Mapping[int, int] | None
     """(the newest checkpoint whose every byte is as written, a warning for each one passed over).
 
     reached: of each attempt, steps that the journal has. It is on disk before a checkpoint is committed, so one beyond it stands
-    beside a journal that was cut, or is an older copy: what is missing there would never be known again. None: not asked.
+    beside a journal that was cut, or is an older copy: resuming from it would lose those metrics for good. None: not asked.
     Raises BadInput for a checkpoint of another trial.
     """
     complaints: list[str] = []

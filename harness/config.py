@@ -402,8 +402,8 @@ class Reference(Frozen):
     parameters: Whole = Field(ge=1, description="of the network, as published", examples=[25_557_032])
     gpu: str = Field(description="that images_per_second is of", examples=["A100"])
     images_per_second: Positive = Field(
-        description="that one GPU trains on, at the workload's image_size: prices a plan until a run is measured, in a study of another "
-        "image_size that states none by its pixels",
+        description="a second on one such GPU, at the workload's image_size. Prices a plan until a run is measured; a study of another "
+        "image_size scales it by the pixels, unless it states its own",
         examples=[2500],
     )
     departures: tuple[str, ...] = Field(
@@ -1125,7 +1125,7 @@ class Slurm(Frozen):
     )
     signal_lead_seconds: Whole = Field(120, ge=10, le=65535, description="before the limit; SLURM may be a minute early", examples=[120])
     max_timeouts: Whole = Field(20, ge=0, description="lives that may end at the time limit; past it a trial is `exhausted`", examples=[20])
-    max_retries: Whole = Field(3, ge=0, description="of a trial that fails without a new checkpoint in between", examples=[3])
+    max_retries: Whole = Field(3, ge=0, description="in a row, without a new checkpoint between, before a trial is given up", examples=[3])
     stall_timeout_seconds: Whole = Field(
         900, ge=5, description="without a line in the journal ranks are killed; above the longest start, evaluation or save", examples=[900]
     )

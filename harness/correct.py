@@ -11,13 +11,12 @@ follows. Trials with one data_sha256 (or test_sha256) in their journals' start l
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.config import BadInput
+from harness.data.index import DAMAGE
 from harness.store import TrialFolder, write_atomically
 
 BoolArray = npt.NDArray[np.bool_]
@@ -43,6 +42,6 @@ def correct(folder: TrialFolder, split: str) -> BoolArray | None:
             raise ValueError("bits")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGE as error:
         raise BadInput(f"{path}: is damaged, or not of wrbench ({type(error).__name__}); remove it and run the trial again") from None
     return np.unpackbits(bits, count=images).astype(bool)

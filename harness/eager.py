@@ -1,4 +1,4 @@
-"""A rank that compiles nothing does without torch's compiler.
+"""Keeps torch._dynamo from being imported by ranks that compile nothing.
 
 torch's optimizers, DistributedDataParallel and DeepSpeed import torch._dynamo on their first call, to tell it to leave them
 alone. With all that is behind it (sympy, torch._inductor) that takes longer than torch itself (python -X importtime -c "import

@@ -50,7 +50,7 @@ class Clock:
 
     A step lasts from the end of the one before, or of what stopped the clock, to its own end on the device. What it waits for, data
     or a peer, is part of it; so is, in an attempt's first, what starts with the attempt: workers, compilation, the choice of kernels.
-    On CUDA the ends are events, for the host runs ahead of the device and its own times are those of nothing. They are read where the
+    On CUDA the ends are events, for the host runs ahead of the device and its times measure neither step nor wait. They are read where the
     loop has waited for the device anyway, at logged points and stops, so timing makes no step wait.
     """
 

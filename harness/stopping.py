@@ -11,9 +11,7 @@ class StopRequest:
     """Raised by SIGTERM, SIGUSR2, SIGINT and a site's own signals; the loop asks for it and all ranks act on it together.
 
     Handlers only set a flag: saving is collective and must not run inside a signal handler. They replace submitit's,
-    which act on rank 0 alone. USR2 and not USR1, which NCCL catches. A process forked meanwhile (a data worker) inherits
-    the handlers: what is sent to all processes of a job sets a flag there that nobody reads, and does not end it; whoever
-    forks a child that is to end by SIGTERM gives that back in the child.
+    which act on rank 0 alone. USR2 and not USR1, which NCCL catches.
     """
 
     SIGNALS = ("TERM", "USR2", "INT")

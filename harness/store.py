@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -41,22 +41,29 @@ ENDED = (*ENDED_WELL, *RETRIED)
 """states of trials that do not go on by themselves; the next submission goes on with cancelled ones, as with interrupted ones"""
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """The whole content or nothing, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` when it is whole and on disk, and otherwise goes: also after a power cut."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             umask = os.umask(0)
             os.umask(umask)
             os.fchmod(file.fileno(), 0o666 & ~umask)
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The whole content or nothing, in a folder made for it if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_names(folder: Path) -> None:
@@ -162,8 +169,10 @@ class TrialFolder:
             yield
 
     def finished_result(self) -> dict[str, Any] | None:
-        """result.json of a finished trial; None for any other, also for what a superseded attempt wrote in its last moment, and
-        beside a journal that does not say so (cut, or an older copy), whose numbers are not there to be read."""
+        """result.json of a finished trial, else None.
+
+        Passed over if a superseded attempt wrote it, or if the journal, cut or an older copy, does not tell of the end.
+        """
         result = self._result()
         if not result or result["state"] != "finished" or self.is_superseded(result["attempts"]):
             return None

@@ -49,7 +49,7 @@ REFERRED: Any = {
     "recipe": True,
     "budget": True,
 }
-"""of a workload: what its published reference holds for"""
+"""of a workload: what the published number depends on; a study that changes one of these is said to depart from it"""
 
 BLOCKS = ("optimizer", "decay", "schedule")
 MOST = 20_000
@@ -372,7 +372,7 @@ def points(arm_name: str, arm: Arm, study: Study) -> Iterator[dict[str, Any]]:
             drawn.add(values)
             in_vain = 0
             yield point
-        elif (in_vain := in_vain + 1) > 1000 + 100 * len(drawn):  # were there one more as likely as these, it had come
+        elif (in_vain := in_vain + 1) > 1000 + 100 * len(drawn):  # one as likely as those drawn would have come up by now
             raise BadInput(_too_few(arm_name, study.search.points, len(drawn)))
 
 

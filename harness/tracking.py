@@ -101,6 +101,11 @@ def _scheme(uri: str) -> str:
     return uri.partition("://")[0] if "://" in uri else ""
 
 
+def is_server(uri: str) -> bool:
+    """Whether a tracking URI is of an MLflow server, not of a database."""
+    return _scheme(uri) in ("http", "https")
+
+
 def redacted(text: str) -> str:
     """`text` with user:password in URIs struck out, and the tracking token and password of the environment wherever they stand."""
     text = re.sub(r"://\S*@", "://***@", text)
@@ -170,7 +175,7 @@ def _known_schemes() -> list[str]:
 def open_ui(store: Store, port: int) -> None:
     """Prints the addresses of MLflow's UI and of the studies in it; for a store in a database, becomes that UI until it is told to end."""
     uri = tracking_uri(store)
-    if _scheme(uri) in ("http", "https"):
+    if is_server(uri):
         print(f"MLflow UI: {redacted(uri)}")
         _print_studies(store, re.sub(r"://\S*@", "://", uri))
         return
@@ -281,7 +286,7 @@ def _folders(store: Store, study: str, trials: Collection[str] | None = None) ->
 def held_alone(path: Path, until: float) -> Iterator[bool]:
     """Whether this process alone holds the lock: False if another one still does so at the time `until`.
 
-    True on a file system without locks: two deliveries then send the same, and of two runs one goes, see `_find_run`.
+    Also True where there are no locks: two deliveries then send the same points, and `_find_run` deletes the surplus run.
     """
     with open(path, "a") as file:
         while True:
@@ -307,7 +312,7 @@ def open_experiment(store: Store, study: str, uri: str | None = None) -> Experim
     """The study's experiment, made once, with what MLflow's UI shows of it. Raises DeliveryError."""
     uri = uri or tracking_uri(store)
     # a server knows where its artifacts belong; a bare database does not
-    artifacts = None if _scheme(uri) in ("http", "https") else (store.study(study) / "artifacts").as_uri()
+    artifacts = None if is_server(uri) else (store.study(study) / "artifacts").as_uri()
     try:
         with _database_made_once(uri):
             client = _client(uri)
@@ -316,7 +321,7 @@ def open_experiment(store: Store, study: str, uri: str | None = None) -> Experim
         raise DeliveryError(f"MLflow at {redacted(uri)}: {one_line(error)}") from None
     if found.lifecycle_stage != "active":
         raise DeliveryError(f"MLflow at {redacted(uri)}: experiment {study} is deleted; `mlflow experiments restore` brings it back")
-    with suppress(Exception):  # looks only: a server that lets nobody change an experiment takes runs all the same
+    with suppress(Exception):  # cosmetic: where nobody may change an experiment, runs can still be delivered
         for key, value in ui.experiment_tags(found.creation_time).items():
             if key not in found.tags:  # a description that somebody wrote, a view that somebody changed stay
                 client.set_experiment_tag(found.experiment_id, key, value)
@@ -648,8 +653,8 @@ def _threads(pid: int) -> list[int]:
 def _schedule(pid: int, policy: int, nice: int) -> None:
     """Priority of a thread, as far as this user may set it (upwards only root may): CPU, and the disk's with the policy.
 
-    Where Linux groups by session (autogroup), even an idle group gives way only at the next tick: of busy cores it takes little, but
-    what waits for the disk beside it, as the commit of a checkpoint does, may wake up some milliseconds late each time.
+    Where Linux groups by session (autogroup), an idle group yields only at the next tick: delivery takes little of busy cores, but a
+    thread that waits for the disk, as the commit of a checkpoint does, may wake up some milliseconds late each time.
     """
     with suppress(OSError):
         os.sched_setscheduler(pid, policy, os.sched_param(0))
@@ -670,7 +675,7 @@ def _log(path: Path, text: str) -> None:
 
 def _answers(uri: str, seconds: float) -> bool:
     """Whether a tracking server says anything at all within so many seconds; True for what is no HTTP server."""
-    if _scheme(uri) not in ("http", "https"):
+    if not is_server(uri):
         return True
     scheme, _, rest = uri.partition("://")
     address = f"{scheme}://{rest.rpartition('@')[2].rstrip('/')}/health"

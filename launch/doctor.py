@@ -27,7 +27,7 @@ from harness.config import CONFIGS, BadInput, WorkloadFile, parse, read_yaml
 from harness.data import decode
 from harness.data.index import checked
 from harness.store import Store
-from harness.tracking import check_store, redacted, tracking_uri
+from harness.tracking import check_store, is_server, redacted, tracking_uri
 from launch import slurm
 from launch.local import visible_gpus
 
@@ -189,7 +189,7 @@ def _tracking(store: Store) -> Finding:
     uri = tracking_uri(store)
     shown = redacted(uri)
     try:
-        if uri.startswith(("http://", "https://")):
+        if is_server(uri):
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()  # noqa: S310 - http(s), just tested
             return Finding("store", True, f"MLflow server {shown} answers", required=True)
         if not uri.startswith("sqlite:"):

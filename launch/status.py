@@ -67,7 +67,7 @@ class Row:
     gpu_hours: float | None = None
     """hours x ranks that SLURM gave to the trial's jobs"""
     gpu_hours_lost: float | None = None
-    """of these, since the last checkpoint before an end that was none, and starting up again"""
+    """of these, lost to interruptions: work after the last checkpoint, and starting up again"""
     nodes: str | None = None
     """where it runs, or ran last"""
     avoids: dict[str, str] = field(default_factory=dict)
@@ -165,7 +165,9 @@ def hours(lives: Sequence[Life], lines: Sequence[Mapping[str, Any]], now: float 
     A life whose supervisor was killed with it ended at its last line in the journal; so did the last one where none runs.
     """
     used = lost = 0.0
-    claimed_by = {life.started["attempt"]: number for number, life in enumerate(lives)}  # one that claims no number leaves it to the next
+    claimed_by = {
+        life.started["attempt"]: number for number, life in enumerate(lives)
+    }  # one that died before it claimed its number left it to the next
     for number, life in enumerate(lives):
         own = [line for line in lines if claimed_by.get(line["attempt"]) == number]
         stamps = [line["timestamp"] / 1000 for line in own]

@@ -38,7 +38,7 @@ from launch.status import final_error
 POLL = 0.5
 """seconds between two looks at the ranks"""
 SUSPENDED = 30.0
-"""seconds more than that, and the whole job was suspended, which is no stall of its ranks"""
+"""seconds; a look that comes so much later than after POLL means that the whole job was suspended, not that ranks stall"""
 SLACK = 75.0
 """seconds that SLURM may send its signal earlier than asked, and some"""
 OVER = "TimeLimit"
@@ -52,7 +52,7 @@ ROOM = 1 << 20
 TO_MAKE_ROOM = 600.0
 """seconds that a task keeps its nodes while the disk is full; then it is held, and the next submission releases it"""
 PORTS = 16
-"""for each job to meet at; the ranks bind one seconds after it was found free, so it must not be another job's choice"""
+"""kept for each job to meet at: ranks bind one seconds after it was found free, so no other job may choose it"""
 TO_DELIVER = 2.0
 """seconds that the end of a task waits for MLflow; `wrbench sync` delivers the rest"""
 
@@ -101,7 +101,7 @@ class Supervisor:
             folder = self.store.trial(self.given.study, trial_id)
             trial = folder.read_config()
             with ExitStack() as delivering:
-                if tracking.tracking_uri(self.store).startswith(("http://", "https://")) and not self._over(trial_id, folder):
+                if tracking.is_server(tracking.tracking_uri(self.store)) and not self._over(trial_id, folder):
                     sender = tracking.start_delivery(self.store, self.given.study, [trial_id])
                     delivering.callback(sender.stop, TO_DELIVER)
                 while not self._over(trial_id, folder):

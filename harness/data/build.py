@@ -32,7 +32,7 @@ from harness.data.index import NAME, Index, IntArray, Part
 from harness.data.parallel import each
 from harness.data.shards import Progress, silent
 from harness.data.sources import Request, Source, Where, open_source
-from harness.store import sync_names
+from harness.store import replacing, sync_names, write_atomically
 
 BUILT = "build.json"
 """what `build` writes beside its shards: by it a later build knows its own output"""
@@ -158,14 +158,9 @@ def _shard(task: _Task) -> tuple[Part, bool]:
             return part, False
     from webdataset.writer import TarWriter
 
-    temporary = task.path.with_name(f".{task.path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        with TarWriter(file, encoder=False, user="", group="", mtime=0) as tar:
-            for where, path in task.samples:
-                tar.write({"__key__": where.key, **dict(_members(where, path, task))})
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(task.path)
+    with replacing(task.path) as file, TarWriter(file, encoder=False, user="", group="", mtime=0) as tar:
+        for where, path in task.samples:
+            tar.write({"__key__": where.key, **dict(_members(where, path, task))})
     part, _ = tars.scan(task.path, task.path.name, task.split)  # what is indexed is what stands there
     part.write(task.part)
     return part, True
@@ -270,9 +265,7 @@ def _same_as_before(work: Path, made: dict[str, Any]) -> None:
         was = json.loads(plan.read_text())
     except (OSError, ValueError):  # it is there before the first shard is
         was = None
-        temporary = plan.with_suffix(".part")
-        temporary.write_text(json.dumps(made))
-        temporary.replace(plan)
+        write_atomically(plan, json.dumps(made))
     if was is not None and was != made:
         odd = next(key for key in made if was.get(key) != made[key])
         raise BadInput(f"{work}: is the beginning of another build ({odd} {was.get(odd)}, asked for {made[odd]}); remove it to start anew")

@@ -2,7 +2,7 @@
 
     libjpeg     this package's own extension: decodes the box alone
     simplejpeg  decodes the whole image, and the box is cut out
-    PIL         the same, slower, and blind to damage that is no truncation; also reads what the others do not, see `crop`
+    PIL         the same, slower; notices truncation but no other damage; also reads what the others do not, see `crop`
 
 All give the same pixels. libjpeg and simplejpeg take a warning of libjpeg for an error: what follows one is invented.
 libjpeg sees only what it decodes: damage below the box is not found. A sample's crc32 is, and `shards verify` decodes it all.

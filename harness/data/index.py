@@ -14,16 +14,16 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.config import BadInput, Data, TestSet
+from harness.store import replacing
 
 NAME = "index.npz"
 FORMAT = "wrbench shard index"
@@ -110,7 +110,7 @@ class Part:
     def write(self, path: Path) -> None:
         """At `path`, whole or not at all."""
         columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shard"}
-        with _replacing(path) as file:
+        with replacing(path) as file:
             np.savez(file, manifest=np.array(json.dumps(asdict(self.shard))), **columns)
 
     @classmethod
@@ -220,8 +220,10 @@ class Index:
             raise BadInput("\n".join(lines))
 
     def _size_fault(self, data: Data) -> str | None:
-        """Says so when nothing is resized and the first image has another size than data says. Shards that lie elsewhere are not asked,
-        and an image that cannot be read is named once it is used."""
+        """A message if nothing is resized and the first image is not of image_size, else None.
+
+        Remote shards are skipped, and so is an image that cannot be read, which is named once it is used.
+        """
         if data.resize is not None or not isinstance(self.folder, Path) or not len(self.label):
             return None
         from harness.data import decode
@@ -340,7 +342,7 @@ class Index:
             "extensions": self.extensions,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
             _add(archive, "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
             for column in ("key", *COLUMNS):
                 _add(archive, f"{column}.npy", getattr(self, column))
@@ -423,20 +425,6 @@ def _holdout_rank(label: npt.NDArray[np.int32], digest: npt.NDArray[np.uint64], 
     _, starts, counts = np.unique(label[ordered], return_index=True, return_counts=True)
     rank[ordered] = np.arange(len(ordered)) - np.repeat(starts, counts)
     return rank
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which becomes `path` when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes | npt.NDArray[Any]) -> None:

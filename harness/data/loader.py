@@ -2,7 +2,7 @@
 
 A small data set whose training images are not cropped anew is read, checked and decoded once at start, and a batch is then
 two gathers. Else a few threads read, decode and resize each sample straight into its place in the batch, some batches ahead
-(file, decoder and resize let go of the interpreter lock). Where a recipe's `augment` runs Python for every image, processes
+(file, decoder and resize release the GIL). Where a recipe's `augment` runs Python for every image, processes
 do it instead (harness.data.workers). Pixels stay uint8 all the way: they are mixed and normalised on the device.
 """
 
@@ -121,7 +121,7 @@ def threads_of_a_rank() -> int:
 
 
 def _may_be_open(shards: int) -> int:
-    """Files of shards at a time: all, as far as the limit on open files, which is raised for them, allows."""
+    """How many files of shards may be open at once: all, if the limit on open files can be raised that far."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = shards + OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, shards + OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < allowed:
@@ -348,8 +348,8 @@ class View:
             threads.shutdown(cancel_futures=True)
 
     def empty(self, request: Request, pinned: bool) -> Batch:
-        """Unwritten, of the request's size. Both allocators give the memory of batches that are gone again, CUDA's when no copy reads
-        them any more."""
+        """Uninitialised, of the request's size. Both allocators reuse the memory of batches that are gone; pinned memory only once no
+        copy reads it."""
         n, (channels, own, _) = len(request.positions), self._shape
         size = request.size or own
         images = torch.empty(n, size, size, channels, dtype=torch.uint8, pin_memory=pinned).permute(0, 3, 1, 2)

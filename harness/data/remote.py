@@ -50,7 +50,7 @@ class Cache:
     bytes: int = 64 << 30
     """at most so many are kept, and one block more for each process"""
     own: str = ""
-    """blocks are kept apart from those of caches with another word here"""
+    """prefix of its folders: two caches in one place with different ones share nothing"""
 
 
 def node_cache() -> Cache:

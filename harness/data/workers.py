@@ -94,7 +94,7 @@ def _deaf() -> Iterator[None]:
     """Processes started meanwhile never see the signals that are meant for this one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_RANKS)
     try:
-        resource_tracker.ensure_running()  # its start, of which it is in need once, lets two of them through again
+        resource_tracker.ensure_running()  # starting it, once a process, unblocks two of them
         signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_RANKS)
         yield
     finally:

@@ -42,7 +42,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
     np.savez(without := tmp_path / "without.npz", images=99)
     np.savez(short := tmp_path / "short.npz", images=99, bits=np.zeros(3, dtype=np.uint8))
     np.savez(pickled := tmp_path / "pickled.npz", images=99, bits=np.array([{}], dtype=object))
-    for content in (b"", b"PK", whole[: len(whole) // 2], *(p.read_bytes() for p in (without, short, pickled))):
+    encrypted = bytearray(whole)
+    encrypted[whole.index(b"PK\x01\x02") + 8] |= 1  # one bit, of the directory's first member
+    for content in (b"", b"PK", encrypted, whole[: len(whole) // 2], *(p.read_bytes() for p in (without, short, pickled))):
         path.write_bytes(content)
         with pytest.raises(BadInput, match=r"correct/val\.npz: is damaged, or not of wrbench \(\w+\); remove it") as error:
             correct(folder, "val")
