@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from harness import provenance, tracking
+from harness import deliverer, provenance, tracking
 from harness import study as studies
 from harness.config import CONFIGS, BadInput, Cluster, Slurm, Trial, find, parse, read_cluster, read_yaml
 from harness.journal import NO_ROOM
@@ -187,7 +187,7 @@ def status(
         found = [asdict(row) for row in statuses.rows(loaded, kept)]
         print(json.dumps({"study": loaded.name, "trials": found}, indent=2))
     elif watch:
-        with tracking.start_delivery(kept, loaded.name) if arrays.is_by_slurm(kept, loaded.name) else nullcontext():
+        with deliverer.start_delivery(kept, loaded.name) if arrays.is_by_slurm(kept, loaded.name) else nullcontext():
             statuses.show(loaded, kept, watch)
     else:
         statuses.show(loaded, kept, watch)

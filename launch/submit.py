@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from harness import schedule, tracking
+from harness import deliverer, schedule, tracking
 from harness.config import BadInput, Cluster, Local, Slurm, Trial
 from harness.data.index import checked
 from harness.store import ENDED, ENDED_WELL, RETRIED, Store, TrialFolder, TrialState, write_atomically
@@ -259,7 +259,7 @@ def submit(loaded: LoadedStudy, store: Store, cluster: Local, *, phase: str | No
                 holder = Submitter(store.study(loaded.name)).holder()
                 print("another submission runs them" + (f": process {holder[1]} on {holder[0]}" if holder else ""))
                 return 0
-            delivery = delivering.enter_context(tracking.start_delivery(store, loaded.name))
+            delivery = delivering.enter_context(deliverer.start_delivery(store, loaded.name))
             with Stop() as stop, view(plain=cluster.executor == "debug") as seen:
                 work = Submission(loaded, store, cluster, seen, stop, phase=phase, retry=retry)
                 work.run()

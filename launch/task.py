@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from harness import journal, tracking
+from harness import deliverer, journal, tracking
 from harness.config import Trial
 from harness.store import ENDED_WELL, RETRIED, Store, TrialFolder, TrialState, close
 from launch import failure, slurm
@@ -102,7 +102,7 @@ class Supervisor:
             trial = folder.read_config()
             with ExitStack() as delivering:
                 if tracking.is_server(tracking.tracking_uri(self.store)) and not self._over(trial_id, folder):
-                    sender = tracking.start_delivery(self.store, self.given.study, [trial_id])
+                    sender = deliverer.start_delivery(self.store, self.given.study, [trial_id])
                     delivering.callback(sender.stop, TO_DELIVER)
                 while not self._over(trial_id, folder):
                     if self.attempt and self._is_late():  # the signal comes once, and what begins now would not hear it

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from harness import journal, study, tracking
+from harness import deliverer, journal, study, tracking
 from harness.config import Trial
 from harness.schedule import total_steps
 from harness.store import Store
@@ -67,7 +67,7 @@ def loop() -> list[Row]:
     with tempfile.TemporaryDirectory() as root:
         store = Store(Path(root))
         tracking.deliver(store, demo.study)  # makes the database, which no step should wait for
-        with tracking.start_delivery(store, demo.study):
+        with deliverer.start_delivery(store, demo.study):
             for pair in track(range(PAIRS + 1), "loop: ours against bare", disable=not sys.stderr.isatty()):
                 t = demo.model_copy(update={"seed": pair})
                 kinds = ("ours", "bare") if pair % 2 else ("bare", "ours")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from harness import schedule, tracking
+from harness import deliverer, schedule, tracking
 from harness.config import Trial
 from harness.store import Store
 from tests.faults.lab import Lab, Tally, fault, tally
@@ -45,7 +45,7 @@ def _tracked_at(uri: str) -> Iterator[None]:
 def _idle(server: Server) -> None:
     """It stands for another machine, and must not take this one's cores from the training."""
     assert server.process is not None
-    tracking._schedule(server.process.pid, os.SCHED_IDLE, 19)
+    deliverer._schedule(server.process.pid, os.SCHED_IDLE, 19)
 
 
 # ------------------------------------------------------------------------------------------- a server that is away
@@ -74,7 +74,7 @@ class Away:
 
     def run(self, t: Trial, train: Callable[[Trial, Store], Any]) -> tuple[Any, float]:
         """(what `train` says, seconds that the end waited for the delivery)"""
-        with _tracked_at(self.url), ThreadPoolExecutor(1) as thread, tracking.start_delivery(self.store, STUDY) as delivery:
+        with _tracked_at(self.url), ThreadPoolExecutor(1) as thread, deliverer.start_delivery(self.store, STUDY) as delivery:
             training = thread.submit(train, t, self.store)
             self.disturb(t, training)
             steps = training.result()
@@ -238,7 +238,7 @@ def one_database(lab: Lab) -> Iterator[Row]:
     found = [tally(store, "many")]
     fresh = lab.folder / "fresh.db"
     with _tracked_at(f"sqlite:///{fresh}"):
-        deliveries = [tracking.start_delivery(store, "many", [trial_id]) for trial_id in ids]
+        deliveries = [deliverer.start_delivery(store, "many", [trial_id]) for trial_id in ids]
         with ThreadPoolExecutor(trials) as all_at_once:
             list(all_at_once.map(lambda delivery: delivery.stop(600), deliveries))  # as many imports of MLflow as trials, on two cores
     found.append(tally(store, "many", fresh))

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import checkpoint, journal, tracking
+from harness import checkpoint, deliverer, journal, tracking
 from harness.config import Trial
 from harness.store import Store, TrialFolder
 from tests.faults.kills import PAIRS, Undisturbed, Watched, is_alive, one, only, tallied
@@ -117,7 +117,7 @@ def full_disk(lab: Lab) -> Iterator[Row]:
                 store = Store(disk.path / "runs")
                 store.root.mkdir()
                 shutil.copy(database, store.root / "mlflow.db")
-                with tracking.start_delivery(store, t.study):
+                with deliverer.start_delivery(store, t.study):
                     note, damaged = _train_while_full(t, store, world, disk, lab.rng.randint(15, 30), until_the_end)
                 folder = store.trial(t.study, t.trial_id)
                 left = [m.reason for m in tracking.sync(store, t.study)[1]]

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from harness import journal, tracking, ui
+from harness import deliverer, journal, tracking, ui
 from harness.config import Trial
 from harness.journal import Journal
 from harness.store import Store, close
@@ -417,7 +417,7 @@ def test_a_database_that_is_none_is_one_line(store: Store) -> None:
 
 # ------------------------------------------------------------------------------------------------ processes
 
-DELIVER = "import sys; from pathlib import Path; from harness.store import Store; from harness import tracking; "
+DELIVER = "import sys; from pathlib import Path; from harness.store import Store; from harness import deliverer, tracking; "
 
 
 def deliver_elsewhere(store: Store) -> subprocess.Popen[bytes]:
@@ -439,7 +439,7 @@ def test_only_some_trials(store: Store) -> None:
     one, other, third = (finished(store, seed) for seed in range(3))
     assert tracking.deliver(store, STUDY, [one.id, third.id, "no such trial"]) == tracking.Delivered(2, 80)
     assert points(store) == settled(one, third)
-    with tracking.start_delivery(store, STUDY, [other.id]):
+    with deliverer.start_delivery(store, STUDY, [other.id]):
         pass
     assert points(store) == settled(one, other, third)
 
@@ -514,7 +514,7 @@ def test_killed_in_the_middle_then_again(store: Store) -> None:
 
 def test_the_delivering_process_follows_a_trial_and_makes_a_final_pass(store: Store) -> None:
     life = Life(store)
-    with tracking.start_delivery(store, STUDY) as delivery, life.folder.lock():
+    with deliverer.start_delivery(store, STUDY) as delivery, life.folder.lock():
         life.start()
         life.train(0, 10)
         life.checkpoint(10)
@@ -532,7 +532,7 @@ def test_the_delivering_process_follows_a_trial_and_makes_a_final_pass(store: St
 
 def test_told_to_end_before_it_is_up_it_delivers_all_the_same(store: Store) -> None:
     life = finished(store)
-    delivery = tracking.start_delivery(store, STUDY)
+    delivery = deliverer.start_delivery(store, STUDY)
     delivery.stop()
     assert delivery.process.returncode == 0 and points(store) == settled(life)
     delivery.stop()  # harmless
@@ -540,7 +540,7 @@ def test_told_to_end_before_it_is_up_it_delivers_all_the_same(store: Store) -> N
 
 def test_orphaned_it_makes_a_final_pass_and_ends(store: Store) -> None:
     life = finished(store)
-    code = DELIVER + "p = tracking.start_delivery(Store(Path(sys.argv[1])), sys.argv[2]).process; print(p.pid, flush=True); input()"
+    code = DELIVER + "p = deliverer.start_delivery(Store(Path(sys.argv[1])), sys.argv[2]).process; print(p.pid, flush=True); input()"
     parent = subprocess.Popen([sys.executable, "-c", code, str(store.root), STUDY], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
@@ -553,7 +553,7 @@ def test_orphaned_it_makes_a_final_pass_and_ends(store: Store) -> None:
 
 def not_starved(pid: int) -> None:
     """Beside other tests on all cores an idle-class process gets nowhere for minutes."""
-    tracking._schedule(pid, os.SCHED_OTHER, 0)
+    deliverer._schedule(pid, os.SCHED_OTHER, 0)
 
 
 def alive(pid: int) -> bool:
@@ -637,7 +637,7 @@ def test_a_server_that_hangs_holds_nobody_up(server: Server, store: Store, monke
     log = store.study(STUDY) / "delivery.log"
     server.signal(signal.SIGSTOP)
     try:
-        with tracking.start_delivery(store, STUDY) as delivery:
+        with deliverer.start_delivery(store, STUDY) as delivery:
             not_starved(delivery.process.pid)
             eventually(lambda: log.exists() and "timed out" in log.read_text())
         assert delivery.process.returncode == 0
@@ -665,7 +665,7 @@ def test_a_server_that_does_not_answer_holds_no_end_up(server: Server, store: St
 
     with Relay(server.url, hang) as relay:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url)
-        delivery = tracking.start_delivery(store, STUDY)
+        delivery = deliverer.start_delivery(store, STUDY)
         not_starved(delivery.process.pid)
         assert asked.wait(300)
         if state == "hanging":
@@ -689,7 +689,7 @@ def test_a_server_that_was_away_is_found_without_waiting_ever_longer(server: Ser
 
     with Relay(server.url, away) as relay:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url)
-        with tracking.start_delivery(store, STUDY) as delivery:
+        with deliverer.start_delivery(store, STUDY) as delivery:
             not_starved(delivery.process.pid)
             eventually(lambda: [row for row in points(Store(server.root)) if row[0] == life.id] == settled(life))
     first = asked.index("/health")
@@ -708,13 +708,13 @@ def test_an_error_is_logged_once_and_when_it_is_over(server: Server, store: Stor
 
     with Relay(server.url, refuse) as relay:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url)
-        deliverer = tracking._Deliverer(store, STUDY, [life.id], None)
+        ours = deliverer._Deliverer(store, STUDY, [life.id], None)
         for _ in range(5):
-            deliverer._pass(last=False)
+            ours._pass(last=False)
     log = (life.folder.logs / "delivery.log").read_text().splitlines()
     assert "out of order" in log[0] and log[1].endswith(" delivered") and len(log) == 2, log
     quiet = len(asked)
-    deliverer._pass(last=False)
+    ours._pass(last=False)
     assert len(asked) == quiet, "a server is asked only when there is something to deliver"
 
 
@@ -752,7 +752,7 @@ def test_what_a_server_repeats_of_a_login_goes_nowhere(
             tracking.deliver(store, "secrets")
         assert not holds_secret(str(error.value), basic)
         assert seen[0] in (f"Basic {basic}", "Bearer s3cret/pass"), "the test is about something"
-        with tracking.start_delivery(store, "secrets") as delivery:
+        with deliverer.start_delivery(store, "secrets") as delivery:
             not_starved(delivery.process.pid)
             log = store.study("secrets") / "delivery.log"
             eventually(lambda: log.exists() and "no entry for" in log.read_text())
@@ -780,7 +780,7 @@ def test_files_are_the_users_own_umasks(store: Store, umask: int) -> None:
     life = finished(store)
     before = set(store.root.rglob("*"))
     code = DELIVER + "import os; os.umask(int(sys.argv[3])); tracking.deliver(Store(Path(sys.argv[1])), sys.argv[2])"
-    code += "; tracking.start_delivery(Store(Path(sys.argv[1])), sys.argv[2]).stop(); tracking._log(Path(sys.argv[1]) / 'log', '')"
+    code += "; deliverer.start_delivery(Store(Path(sys.argv[1])), sys.argv[2]).stop(); deliverer._log(Path(sys.argv[1]) / 'log', '')"
     subprocess.run([sys.executable, "-c", code, str(store.root), STUDY, str(umask)], check=True)
     made = set(store.root.rglob("*")) - before
     assert {"mlflow.db", "delivered.json", "delivery.lock", "config.yaml", "log"} <= {path.name for path in made}

@@ -294,6 +294,7 @@ LOGIN_NODE = [
     "harness.store",
     "harness.journal",
     "harness.tracking",
+    "harness.deliverer",
     "harness.data.index",
     "harness.data.order",
     "launch.__main__",

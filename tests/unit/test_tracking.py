@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import tracking
+from harness import deliverer, tracking
 from harness.config import BadInput
 from harness.store import Store, TrialFolder
 from tests.trials import trial
@@ -81,11 +81,11 @@ def address(of: socket.socket) -> str:
 
 
 def test_a_server_that_hangs_or_is_down_does_not_answer(listener: socket.socket) -> None:
-    assert not tracking._answers(address(listener), 0.2)
+    assert not deliverer._answers(address(listener), 0.2)
     listener.close()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    assert not tracking._answers(f"http://127.0.0.1:{port}", 0.2)
+    assert not deliverer._answers(f"http://127.0.0.1:{port}", 0.2)
 
 
 def test_a_server_that_refuses_or_speaks_otherwise_answers(listener: socket.socket) -> None:
@@ -102,13 +102,13 @@ def test_a_server_that_refuses_or_speaks_otherwise_answers(listener: socket.sock
     ):
         thread = threading.Thread(target=serve, args=(reply,))
         thread.start()
-        assert tracking._answers(address(listener).replace("http", scheme), 20), scheme
+        assert deliverer._answers(address(listener).replace("http", scheme), 20), scheme
         thread.join()
         assert requests[-1].startswith(seen) and b"s3cret" not in requests[-1]
 
 
 def test_what_is_no_server_is_not_asked() -> None:
-    assert tracking._answers("sqlite:////nowhere/mlflow.db", 0.1)
+    assert deliverer._answers("sqlite:////nowhere/mlflow.db", 0.1)
 
 
 # ------------------------------------------------------------------------------------------------ check_store
