@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from types import FrameType
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopRequest:
@@ -38,3 +41,8 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before:
             signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """From now on the kernel kills this process when its parent, or the thread of it that started this one, is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

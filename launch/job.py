@@ -6,15 +6,13 @@ names only. torch is imported in the running job, never by whoever submits it.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.stopping import end_with_parent
 from harness.store import Store
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Job:
 
         # Until train() listens there is nothing to save: a stop simply ends the rank (submitit would swallow it).
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _end_with_parent()
+        end_with_parent()  # submitit's controller: nobody else would end a rank that hangs
         place = submitit.JobEnvironment()
         os.environ.update(
             RANK=str(place.global_rank),
@@ -62,8 +60,3 @@ class Job:
 
         torch.set_num_threads(self.threads)
         return str(train(trial, store)["state"])
-
-
-def _end_with_parent() -> None:
-    """The kernel kills this rank when submitit's controller is gone, also one that hangs: nobody else would."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

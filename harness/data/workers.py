@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.config import BadInput
 from harness.data.remote import Unreachable
+from harness.stopping import end_with_parent
 
 if TYPE_CHECKING:
     from harness.data.loader import Batch, Request, Substitutes, Substitution, View
@@ -52,7 +55,7 @@ def read(view: View, substitutes: Substitutes, requests: Iterator[Request]) -> G
     """
     batches = DataLoader(
         _Batches(view, substitutes), batch_size=None, sampler=requests, num_workers=view.threads, prefetch_factor=AHEAD,
-        pin_memory=torch.cuda.is_available(), multiprocessing_context="spawn",
+        pin_memory=torch.cuda.is_available(), multiprocessing_context="spawn", worker_init_fn=partial(_end_with, os.getpid()),
         generator=torch.Generator(),  # the trial's own stays as it is
     )  # fmt: skip
     with _deaf():
@@ -74,6 +77,14 @@ def read(view: View, substitutes: Substitutes, requests: Iterator[Request]) -> G
     finally:
         atexit.unregister(end)
         end()
+
+
+def _end_with(rank: int, worker: int) -> None:
+    """In a worker: it ends with the rank, also with one that has ended by now. torch's own watch begins later, and takes whoever adopted
+    the worker meanwhile for the rank: it would wait for ever."""
+    end_with_parent()
+    if os.getppid() != rank:
+        os._exit(1)
 
 
 def check_memory(batch_bytes: int, processes: int, where: Path = SHARED_MEMORY) -> None:

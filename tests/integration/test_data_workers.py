@@ -135,6 +135,26 @@ def test_workers_end_with_their_rank(few: Path, tmp_path: Path, end: str) -> Non
         assert gone(pids, 20)
 
 
+def test_workers_end_with_a_rank_that_is_killed_while_they_start(few: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, threading; from pathlib import Path; from tests.integration.test_data_workers import *\n"
+        "def kill():\n"
+        "    while len(pids := children()) < 2: time.sleep(0.01)\n"
+        "    print(*pids, flush=True); time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if __name__ == '__main__':\n"
+        "    t = augmented(Path(sys.argv[1]), RAND)\n"
+        "    threading.Thread(target=kill).start()\n"
+        "    next(loader.train_batches(loader.open_data(t.workload.data, t.workload.recipe, threads=2), t, 0, 1, 0, 10**6))\n"
+    )
+    script = tmp_path / "rank.py"
+    script.write_text(program)
+    run = [sys.executable, str(script), str(few)]
+    rank = subprocess.run(run, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."}, timeout=120)
+    pids = [int(pid) for pid in rank.stdout.split()]
+    assert rank.returncode == -signal.SIGKILL and len(pids) == 2
+    assert gone(pids, 60)
+
+
 def test_random_crops_of_photographs(tmp_path: Path) -> None:
     """As they are trained on: crop of a size that grows, flip and operations in colour; resumed at any step; evaluated meanwhile."""
     photographs = make(tmp_path)
