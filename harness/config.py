@@ -1318,6 +1318,8 @@ def _explain(error: ValidationError, model: type[BaseModel], rename: Callable[[s
         else:
             constraint = message[0].lower() + message[1:]
             constraint = constraint.removeprefix("input ").replace("should be", "must be").replace("should have", "must have")
+            if kind in ("model_type", "dict_type"):
+                constraint = "must be a mapping of keys to values"
             yield f"{key}: {shown(e['input'])} {constraint}; {_example(field)}".removesuffix("; ")
 
 

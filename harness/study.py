@@ -7,10 +7,12 @@ report always agree on what the study's trials are.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,12 +103,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
     source = str(path)
     document = read_yaml(Path(path))
     document.setdefault("name", Path(path).stem)
+    written = copy.deepcopy(document)
     for override in overrides:
         _set(document, override)
     _check_said_once(document, overrides, source)
     study = parse(Study, document, source)
     _check_size(study, source)
-    loaded = LoadedStudy(study, _workload(study, source), source)
+    loaded = LoadedStudy(study, _workload(study, source, written), source)
     trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
     loaded = replace(loaded, workload=_departing(loaded.workload, _warmups(trials, loaded.workload.reference)))
     first: dict[str, Trial] = {}
@@ -237,7 +240,8 @@ def _too_few(arm: str, asked: int, there: int) -> str:
     return f"search.points: {asked} must be at most the {there} configuration(s) of the space of arm {arm}; e.g. search.points={there}"
 
 
-def _workload(study: Study, source: str) -> WorkloadFile:
+def _workload(study: Study, source: str, written: Mapping[str, Any] | None = None) -> WorkloadFile:
+    """The study's. written: the document before it was overridden; None: that is what this is."""
     overrides = dict(study.workload)
     name = overrides.pop("name", None)
     if not isinstance(name, str):
@@ -258,9 +262,16 @@ def _workload(study: Study, source: str) -> WorkloadFile:
         return key if key.partition(".")[0] in DEFAULTS else f"workload.{key}"
 
     workload = parse(WorkloadFile, document, where, as_written)
+    stated = overrides.get("reference") or {}
+    if base is not document and ("source" in stated) != ("top1_error" in stated):
+        raise BadInput(f"{where}: workload.reference: source and top1_error are of one publication; state both, or neither")
     if workload.reference is not None:
         own = parse(WorkloadFile, base, where, as_written)
-        workload = _departing(_repriced(own, workload), _departures(own, workload))
+        workload = _repriced(own, workload)
+        if own.reference is None or (workload.reference and workload.reference.source) != own.reference.source:
+            # the study is of another publication than the workload file: what it says itself, before --set, is that one's recipe
+            own = _as_written(written, source, workload) if written is not None else workload
+        workload = _departing(workload, _departures(own, workload))
     evaluation, test = workload.evaluation, workload.evaluation.test
     if test is not None:
         evaluation = evaluation.model_copy(update={"test": test.model_copy(update={"path": _absolute(test.path)})})
@@ -285,17 +296,24 @@ def _is_whole(workload: Mapping[str, Any]) -> bool:
     return False
 
 
+def _as_written(written: Mapping[str, Any], source: str, workload: WorkloadFile) -> WorkloadFile:
+    """The workload of the document before --set, where that is of the same publication; else `workload` itself."""
+    with suppress(BadInput):  # it may lack what --set gives
+        before = _workload(parse(Study, dict(written), source), source)
+        if before.reference is not None and workload.reference is not None and before.reference.source == workload.reference.source:
+            return before
+    return workload
+
+
 def _departures(base: WorkloadFile, workload: WorkloadFile) -> Iterator[str]:
     """KEY: VALUE instead of VALUE, of all that a result hangs on: from the workload file, or from what was published where that is
-    stated. A study that states another source than the file has that one's recipe, and can depart only from what is stated of it."""
+    stated."""
     reference = workload.reference
     if reference is None:
         return
     before, now = (
         dict(dotted(w.model_dump(mode="json", include=REFERRED))) | {"images trained on": w.data.trained_samples} for w in (base, workload)
     )
-    if base.reference is None or reference.source != base.reference.source:
-        before = now.copy()
     if reference.epochs is not None:
         before["budget.epochs"] = reference.epochs
     if reference.trained_samples is not None:
@@ -520,11 +538,25 @@ def _warmups(trials: Sequence[Trial], reference: Reference | None) -> Iterator[s
         yield f"schedule.warmup_epochs: {' and '.join(map(str, found))} instead of {reference.warmup_epochs}"
 
 
+def _of_another_network(loaded: LoadedStudy) -> Iterator[str]:
+    """Where a study changes the network of a workload file, and not what that file says of its size and speed."""
+    changed = loaded.study.workload
+    if "model" in changed and not {"parameters", "images_per_second"} <= (changed.get("reference") or {}).keys():
+        with suppress(BadInput):
+            file = WorkloadFile.model_validate(read_yaml(find("workload", str(changed.get("name")))))
+            if file.reference is not None and file.model != loaded.workload.model:
+                yield (
+                    f"workload.model: {loaded.workload.model.name} instead of {file.model.name}, of which workload.reference has "
+                    "parameters and images_per_second: GPU-hours and bytes are its, too; state both"
+                )
+
+
 def warnings(loaded: LoadedStudy) -> list[str]:
     """What is legal and probably not meant, one line each, each once."""
     trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
     lines = [line for trial in trials for line in schedule.warnings(trial)]
     reference = loaded.workload.reference
+    lines += _of_another_network(loaded)
     if reference is not None and reference.departures:
         error = "no error is printed" if reference.top1_error is None else f"top-1 error {reference.top1_error:g} %"
         departures = ", ".join(reference.departures)

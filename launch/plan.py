@@ -239,10 +239,12 @@ def _hours(loaded: LoadedStudy, phase: Mapping[str, Any]) -> str:
         return NOT_MEASURED
     if phase["measured"] or reference is None:
         return f"{hours:.2f}"
-    return f"{hours:,.1f} of an {reference.gpu} at {reference.images_per_second:,.0f} images/s, by the workload's reference; {NOT_MEASURED}"
+    return f"{hours:,.1f} of an {reference.gpu} at {reference.images_per_second:,.0f} images/s, as the workload guesses; {NOT_MEASURED}"
 
 
 def _show_power(out: Console, loaded: LoadedStudy) -> None:
+    if len(loaded.study.arms) < 2:
+        return  # nothing is compared
     rows = power_rows(loaded)
     seeds, keys = rows[0]["seeds"], [key for key in rows[0] if key.startswith(("difference", "margin"))]
     if seeds < 2:

@@ -209,13 +209,38 @@ def test_a_stored_study_tells_the_same_departures(tmp_path: Path, monkeypatch: p
     assert loaded.workload.reference is not None and len(loaded.workload.reference.departures) == 5
 
 
+def told_of_reference(*overrides: str) -> str:
+    warnings = study.warnings(study.load("configs/study/reference_imagenet_resnet50.yaml", overrides))
+    return "".join(line.partition("batches of 256): ")[2] for line in warnings if "departs" in line)
+
+
 def test_a_recipe_of_another_source_departs_from_its_own_number_alone() -> None:
-    """It is not that of the workload file; but its budget and its images are those that the number was published for, or they are told."""
-    told = [
-        line for line in study.warnings(study.load("configs/study/reference_imagenet_resnet50.yaml", ["budget.epochs=30"]))
-        if "departs" in line
-    ]  # fmt: skip
-    assert len(told) == 1 and told[0].endswith("batches of 256): budget.epochs: 30.0 instead of 90.0")
+    """It is not that of the workload file; but its budget is what the number was published for, or that is told."""
+    assert told_of_reference() == ""
+    assert told_of_reference("budget.epochs=30") == "budget.epochs: 30.0 instead of 90.0"
+
+
+def test_what_is_set_beside_a_recipe_of_another_source_departs_from_it() -> None:
+    """The file is the recipe; what the command line changes of it is not."""
+    changed = ("workload.recipe.label_smoothing=0.3", "workload.model.name=resnet18", "budget.global_batch_size=512")
+    assert told_of_reference(*changed) == (
+        "model.name: resnet18 instead of resnet50, recipe.label_smoothing: 0.3 instead of 0.0, budget.global_batch_size: 512 instead of 256"
+    )
+
+
+def test_a_number_and_its_source_are_stated_together() -> None:
+    for one in ("source=somebody", "top1_error=30"):
+        with pytest.raises(config.BadInput, match="source and top1_error are of one publication"):
+            study.load("configs/study/imagenet_18_epochs.yaml", [f"workload.reference.{one}"])
+
+
+def test_the_price_of_another_network_is_told() -> None:
+    def told(*changes: str) -> list[str]:
+        loaded = study.load("configs/study/imagenet_18_epochs.yaml", ["workload.model.name=resnet18", *changes])
+        return [line for line in study.warnings(loaded) if line.startswith("workload.model: resnet18 instead of resnet50_zero_init")]
+
+    assert len(told()) == 1
+    assert told("workload.reference.parameters=11689512") == [], "its speed is the study's own"
 
 
 @pytest.mark.parametrize("path", [p for p in WORKLOADS if p.stem.startswith(("cifar10", "imagenet32"))], ids=lambda p: p.stem)
