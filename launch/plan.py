@@ -228,7 +228,7 @@ def _show_scale(out: Console, loaded: LoadedStudy, plan: Sequence[Planned], clus
     out.print(
         f"on paper, {where}: {held} at the peak without activations, {sent} sent a step, {exposed} of it while nothing computes; "
         f"a checkpoint: {saved}; "
-        f"images to read: {on_paper['images_a_second']:,.0f} a second; points: {on_paper['points_a_trial']:,}",
+        f"images to read: {on_paper['images_a_second']:,.0f} a second; metric values a trial: {on_paper['points_a_trial']:,}",
         soft_wrap=True,
     )
 
@@ -239,7 +239,9 @@ def _hours(loaded: LoadedStudy, phase: Mapping[str, Any]) -> str:
         return NOT_MEASURED
     if phase["measured"] or reference is None:
         return f"{hours:.2f}"
-    return f"{hours:,.1f} of an {reference.gpu} at {reference.images_per_second:,.0f} images/s, as the workload guesses; {NOT_MEASURED}"
+    rate = reference.images_per_second / scaling.pixel_share(first_trial(loaded))
+    a_trial = f"{hours / phase['trials']:,.1f} each, " if phase["trials"] > 1 else ""
+    return f"{hours:,.1f}, {a_trial}of an {reference.gpu} at {rate:,.0f} images/s, as the workload guesses; {NOT_MEASURED}"
 
 
 def _show_power(out: Console, loaded: LoadedStudy) -> None:
