@@ -87,7 +87,11 @@ def check(cluster: Slurm) -> None:
         raise BadInput("executor: slurm needs SLURM's commands, and there is no srun here; run on a login node, or --cluster local")
     if not cluster.sbatch:
         return
-    known = sorted(set(re.findall(r"--([a-z][a-z0-9-]*)", slurm.run("sbatch", "--help"))))
+    try:
+        printed = slurm.run("sbatch", "--help")
+    except slurm.SlurmError as error:  # no configuration, on a machine that is no login node
+        raise BadInput(f"sbatch.{', sbatch.'.join(cluster.sbatch)}: cannot be checked, since sbatch does not run here: {error}") from None
+    known = sorted(set(re.findall(r"--([a-z][a-z0-9-]*)", printed)))
     for key in cluster.sbatch:
         if key not in known:
             raise BadInput(f"sbatch.{key}: is no option of the sbatch here; {did_you_mean(key, known)}`sbatch --help` lists them")

@@ -150,3 +150,16 @@ def test_ranks_that_do_not_divide_the_batch_are_found_on_the_login_node(loaded: 
     eight = Slurm(executor="slurm", time_minutes=60, gpus_per_node=8, overrides={"finalists": {"nodes": 2}})
     with pytest.raises(BadInput, match=r"budget\.global_batch_size: .* is not divisible by"):
         array.check(loaded, Store(tmp_path), eight)
+
+
+def test_an_option_that_cannot_be_checked_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch is installed, and knows no cluster: a laptop."""
+    from launch import sbatch
+
+    def run(*command: str) -> str:
+        raise slurm.SlurmError("sbatch: fatal: Could not establish a configuration source")
+
+    monkeypatch.setattr(sbatch.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sbatch.slurm, "run", run)
+    with pytest.raises(BadInput, match=r"^sbatch.exclude: cannot be checked, since sbatch does not run here: .* configuration source$"):
+        sbatch.check(Slurm(executor="slurm", gpus_per_node=8, time_minutes=10, sbatch={"exclude": "n1"}))
