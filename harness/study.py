@@ -266,9 +266,9 @@ def _workload(study: Study, source: str, written: Mapping[str, Any] | None = Non
     if base is not document and ("source" in stated) != ("top1_error" in stated):
         raise BadInput(f"{where}: workload.reference: source and top1_error are of one publication; state both, or neither")
     if workload.reference is not None:
-        own = parse(WorkloadFile, base, where, as_written)
+        own, publication = parse(WorkloadFile, base, where, as_written), workload.reference.source
         workload = _repriced(own, workload)
-        if own.reference is None or (workload.reference and workload.reference.source) != own.reference.source:
+        if own.reference is None or own.reference.source != publication:
             # the study is of another publication than the workload file: what it says itself, before --set, is that one's recipe
             own = _as_written(written, source, workload) if written is not None else workload
         workload = _departing(workload, _departures(own, workload))
@@ -543,7 +543,8 @@ def _of_another_network(loaded: LoadedStudy) -> Iterator[str]:
     changed = loaded.study.workload
     if "model" in changed and not {"parameters", "images_per_second"} <= (changed.get("reference") or {}).keys():
         with suppress(BadInput):
-            file = WorkloadFile.model_validate(read_yaml(find("workload", str(changed.get("name")))))
+            path = find("workload", str(changed.get("name")))
+            file = parse(WorkloadFile, {"name": path.stem, **read_yaml(path)}, str(path))
             if file.reference is not None and file.model != loaded.workload.model:
                 yield (
                     f"workload.model: {loaded.workload.model.name} instead of {file.model.name}, of which workload.reference has "

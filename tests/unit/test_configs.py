@@ -243,6 +243,15 @@ def test_the_price_of_another_network_is_told() -> None:
     assert told("workload.reference.parameters=11689512") == [], "its speed is the study's own"
 
 
+def test_a_workload_file_that_leaves_out_its_name_takes_another_network(tmp_path: Path) -> None:
+    file = yaml.safe_load(Path("configs/workload/imagenet_resnet50.yaml").read_text())
+    del file["name"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(file))
+    changes = [f"workload.name={tmp_path / 'mine.yaml'}", "workload.model.name=resnet18"]
+    lines = study.warnings(study.load("configs/study/imagenet_18_epochs.yaml", changes))
+    assert any(line.startswith("workload.model: resnet18 instead of resnet50_zero_init") for line in lines)
+
+
 @pytest.mark.parametrize("path", [p for p in WORKLOADS if p.stem.startswith(("cifar10", "imagenet32"))], ids=lambda p: p.stem)
 def test_a_shifted_image_has_a_border_that_is_0_to_the_network(path: Path) -> None:
     """As in the released code, which normalises and then pads with zeros; to within half a level."""
