@@ -327,7 +327,19 @@ def time_limit(lab: Lab) -> Iterator[Row]:
 
 
 def _change(pair: Pair, what: str) -> None:
-    subprocess.run(["scontrol", "update", f"JobId={pair.job_id}", what], check=True, capture_output=True, timeout=60)
+    """By scontrol, which refuses while the ranks of a job that was requeued past its limit still end."""
+
+    def accepted() -> bool:
+        nonlocal said
+        done = subprocess.run(["scontrol", "update", f"JobId={pair.job_id}", what], capture_output=True, text=True, timeout=60, check=False)
+        said = done.stderr.strip()
+        return done.returncode == 0
+
+    said = ""
+    try:
+        until(accepted, 30)
+    except AssertionError as error:
+        raise RuntimeError(f"scontrol update {what} of {pair.name}: {said}") from error
 
 
 def _in_mlflow(pair: Pair) -> str:
