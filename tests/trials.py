@@ -1,10 +1,11 @@
-"""Small resolved trials for tests."""
+"""Small resolved trials for tests, and what stops them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from harness.config import OF_COLOUR, Trial, parse
+from harness.stopping import StopRequest
 
 DATA = {
     "name": "mnist5k", "path": "data/mnist5k", "num_classes": 10, "image_size": 28, "channels": 1,
@@ -30,3 +31,16 @@ def trial(**over: Any) -> Trial:
         "budget": {"epochs": 7, "global_batch_size": 100},
     } | over
     return parse(Trial, document, "test")
+
+
+class Told(StopRequest):
+    """To stop, once the loop has asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self._left = times
+
+    @property
+    def signal(self) -> str | None:
+        self._left -= 1
+        return "USR2" if self._left < 0 else None

@@ -25,12 +25,12 @@ from harness.data.build import build
 from harness.data.fixture import CLASSES
 from harness.dist import joined
 from harness.schedule import steps_per_epoch
-from harness.stopping import StopRequest
 from harness.store import Store
 from harness.study import load, planned
 from harness.train import train
 from tests.equivalence.problem import distance
 from tests.report import Row, line, row
+from tests.trials import Told
 
 STUDY, FOUND = "study.yaml", "found.json"
 BATCH = {"cuda": 256, "cpu": 8}
@@ -113,9 +113,7 @@ def deterministic(folder: Path, device: str, world: int) -> Iterator[Row]:
     whole, parted = Store(folder / "whole"), Store(folder / "parted")
     undisturbed = train(trial, whole)
     _told(1, 3)
-    stop = StopRequest()
-    stop.signal = "USR2"
-    stopped = train(trial, parted, stop=stop)
+    stopped = train(trial, parted, stop=Told(0))
     _told(2, 3)
     again = train(trial, parted)
     states = [stopped["state"], again["state"], again["attempts"]]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +20,11 @@ from harness import engine
 from harness.config import Trial
 from harness.data import order
 from harness.dist import Ranks
+from harness.store import Store
 from tests.benchmarks.shard_rank import batch
 from tests.equivalence import groups
 from tests.integration import ranks  # noqa: F401 - its list of preloaded modules must not come after this one's
+from tests.integration.test_train import small
 from tests.trials import trial
 
 groups.preload()
@@ -89,3 +96,30 @@ def test_a_block_for_every_drop_rate_is_compiled(graphs: dict[str, Any]) -> None
     built, first, second = graphs["fsdp convnext"]
     assert built == 0
     assert first == second > 9, "ConvNeXt's blocks have nine rates"
+
+
+def test_a_signal_while_it_compiles_reaches_the_rank_and_leaves_its_compilers_alone(few: Path, tmp_path: Path) -> None:
+    """SLURM sends it to every process of a step. Without its compilers the rank would fail, on a node that is avoided then."""
+    t, store = small(few, backend={"compile": True}), Store(tmp_path / "runs")
+    folder = store.trial(t.study, t.trial_id)
+    folder.write_config(t)
+    alone = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "launch.rank", str(store.root), t.study, t.trial_id, "--threads", "1", "--signal", "USR2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | alone,
+    ) as rank:  # fmt: skip
+        hit, deadline = 0, time.monotonic() + 240
+        while rank.poll() is None and time.monotonic() < deadline:
+            if any(command in ("cc1plus", "ld") for command in commands(rank.pid)):
+                hit += 1
+                for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+                    os.killpg(rank.pid, number)
+            time.sleep(0.1)
+        _, err = rank.communicate(timeout=10)
+    assert (rank.returncode, folder.state().state) == (0, "interrupted"), err
+    assert hit > 5, "too few to tell"
+
+
+def commands(group: int) -> list[str]:
+    """Names of the programs of a process group."""
+    return subprocess.run(["ps", "-o", "comm=", "-g", str(group)], capture_output=True, text=True, check=False).stdout.split()

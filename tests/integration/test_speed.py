@@ -18,13 +18,12 @@ from harness.data import loader
 from harness.dist import Ranks as Place
 from harness.schedule import evaluations
 from harness.speed import Clock
-from harness.stopping import StopRequest
 from harness.store import Store
 from harness.train import train
 from tests.integration.ranks import finish
 from tests.integration.test_backends import FSDP, ZERO_2, ZERO_3, on
 from tests.integration.test_train import ADAMW, SGDW, small
-from tests.trials import trial
+from tests.trials import Told, trial
 
 EVALUATED = {"speed/step_p50_seconds", "speed/step_p99_seconds", "speed/tflop_per_second"}
 """on a CPU"""
@@ -177,9 +176,8 @@ def test_operations_are_those_that_are_printed_and_the_model_stays_as_it_is(work
 
 
 def test_every_point_is_there_also_of_a_trial_that_is_resumed(tmp_path: Path, few: Path) -> None:
-    t, store, stop = small(few, **ADAMW, evaluation={"log_every_steps": 2, "batch_size": 100}), Store(tmp_path), StopRequest()
+    t, store, stop = small(few, **ADAMW, evaluation={"log_every_steps": 2, "batch_size": 100}), Store(tmp_path), Told(0)
     folder = store.trial(t.study, t.trial_id)
-    stop.signal = "TERM"
     for _ in range(2):  # each stops at its first logged point
         assert train(t, store, stop=stop)["state"] == "interrupted"
     metrics = train(t, store)["metrics"]

@@ -26,7 +26,7 @@ from harness.store import Store, TrialFolder
 from harness.train import train
 from tests import reference
 from tests.integration.ranks import SUPERSEDED, Ranks, finish, history
-from tests.trials import trial
+from tests.trials import Told, trial
 from tests.unit.test_optim import control, reference_lambda
 
 SGDW = {"optimizer": {"name": "sgd", "lr": 0.05}, "decay": {"name": "decoupled", "weight_decay": 0.1, "normalised": True}}
@@ -316,9 +316,8 @@ def test_train_itself_equals_the_reference(
 
 
 def test_another_decoder_than_before_is_warned_of(tmp_path: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    t, store, stop = small(few), Store(tmp_path), StopRequest()
+    t, store, stop = small(few), Store(tmp_path), Told(0)
     folder = store.trial(t.study, t.trial_id)
-    stop.signal = "TERM"
     for decoder, warnings in ((decode.decoder, 0), (decode.decoder, 0), ("another", 1)):
         monkeypatch.setattr(decode, "decoder", decoder)
         assert train(t, store, stop=stop)["state"] == "interrupted"

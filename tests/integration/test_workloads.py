@@ -17,7 +17,6 @@ from harness.data.build import build
 from harness.data.fixture import CLASSES
 from harness.dist import Ranks as Place
 from harness.draws import ShakeShake
-from harness.stopping import StopRequest
 from harness.store import Store
 from harness.study import load, planned
 from harness.train import train
@@ -25,6 +24,7 @@ from tests import tars
 from tests.integration.ranks import finish, history
 from tests.integration.test_backends import FSDP, ZERO_1, ZERO_2, ZERO_3, on
 from tests.integration.test_train import ADAMW, SGDW, small
+from tests.trials import Told
 
 WORKLOADS = sorted(path.stem for path in Path("configs/workload").glob("*.yaml") if not path.stem.startswith("mnist5k"))
 SIZE = {"imagenet_vit_s16": 32, "imagenet_convnext_tiny": 32, "imagenet_resnet50": 32, "imagenet_regnety_1_6gf": 32}
@@ -37,23 +37,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("photographs") / "shards"
     build("fixture", None, out, samples=80)
     return out
-
-
-class After(StopRequest):
-    """Told to stop once the loop has asked so many times."""
-
-    def __init__(self, times: int) -> None:
-        super().__init__()
-        self._left = times
-
-    @property
-    def signal(self) -> str | None:  # type: ignore[override]
-        self._left -= 1
-        return "USR2" if self._left < 0 else None
-
-    @signal.setter
-    def signal(self, value: str | None) -> None:
-        pass
 
 
 def reduced(folder: Path, name: str, photographs: Path) -> Trial:
@@ -85,7 +68,7 @@ def test_ten_steps_and_a_resume(tmp_path: Path, photographs: Path, name: str) ->
     undisturbed = train(t, calm := Store(tmp_path / "calm"))
     assert (undisturbed["state"], undisturbed["step"]) == ("finished", 10)
     store = Store(tmp_path / "stopped")
-    assert train(t, store, stop=After(4))["state"] == "interrupted"
+    assert train(t, store, stop=Told(4))["state"] == "interrupted"
     folder = store.trial(t.study, t.trial_id)
     assert 0 < journal.fold(journal.read(folder.journal)).steps_done < 10
     result = train(t, store)
@@ -223,7 +206,7 @@ def test_moments_are_reset_at_every_restart_and_nowhere_else(tmp_path: Path, few
     undisturbed = train(t, Store(tmp_path / "calm"))
     assert seen == [3, 9]
     store = Store(tmp_path / "stopped")
-    train(t, store, stop=After(8))  # asked once a step: it stops after the ninth
+    train(t, store, stop=Told(8))  # asked once a step: it stops after the ninth
     taken = 9
     result = train(t, store)
     assert seen == [3, 9, 3, 9]

@@ -89,3 +89,21 @@ def test_a_forked_child_sets_its_own_flag_and_nothing_else() -> None:
             os.kill(child, number)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert stop.signal is None
+
+
+def test_a_program_started_meanwhile_survives_what_is_meant_for_the_rank() -> None:
+    with StopRequest() as stop, subprocess.Popen(["sleep", "60"]) as child:
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            child.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.2)
+        assert stop.signal is None
+        child.kill()
+
+
+def test_a_signal_that_somebody_unblocked_raises_the_flag_too() -> None:
+    """As Python does in the thread that starts its resource tracker."""
+    with StopRequest() as stop:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == "SIGTERM"
