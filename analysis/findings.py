@@ -69,6 +69,9 @@ def _missing(found: Findings) -> Iterator[str]:
         yield "Tuning budgets of pairs: no two compared arms have both searched."
     if not found.maps:
         yield "Heat maps and decoupling index: no arm searches a grid over exactly optimizer.lr and decay.weight_decay."
+    for m in found.maps:
+        if m.off_axes:
+            yield f"Map of {m.arm}: {m.off_axes} configurations with a learning rate or a decay of 0 have no place on its logarithmic axes."
     if not found.anytime:
         yield "Anytime curves: no reported trial has completed a cycle."
     if not any(gap.difference.interval for gap in found.gaps):

@@ -29,6 +29,8 @@ class Map:
     split: str
     """validation, or holdout where the study has finalists"""
     index: Decoupling
+    off_axes: int = 0
+    """configurations with a learning rate or a decay of zero, which has no place on a logarithmic axis"""
     in_torch_units: Map | None = None
     """of raw decoupled decay in paper units: the same runs over torch's weight_decay = lambda / alpha, the positive control"""
 
@@ -36,14 +38,21 @@ class Map:
 def maps(records: Records) -> tuple[Map, ...]:
     """A map an arm whose space is a grid over exactly learning rate and weight decay, in the order of the study."""
     study = records.study.study
-    return tuple(_map(name, records) for name, arm in study.arms.items() if study.sampler.name == "grid" and arm.space.keys() == AXES)
+    if study.sampler.name != "grid":
+        return ()
+    made = (_map(name, records) for name, arm in study.arms.items() if arm.space.keys() == AXES)
+    return tuple(m for m in made if m is not None)
 
 
-def _map(name: str, records: Records) -> Map:
+def _map(name: str, records: Records) -> Map | None:
+    """None of an arm that trains without decay, or learning rate, throughout."""
     study = records.study.study
     table = records.trials
     rows = table[table.planned & (table.arm == name) & (table.phase == "search")]
-    rows = rows[(rows["optimizer.lr"] > 0) & (rows["decay.weight_decay"] > 0)]  # zero has no place on a logarithmic axis
+    has_place = (rows["optimizer.lr"] > 0) & (rows["decay.weight_decay"] > 0)
+    off_axes, rows = rows[~has_place]["config"].nunique(), rows[has_place]
+    if rows.empty:
+        return None
     metric, split = searched(records.study)
     lr = np.array(sorted(set(rows["optimizer.lr"])), dtype=float)
     decay = np.array(sorted(set(rows["decay.weight_decay"])), dtype=float)
@@ -56,7 +65,7 @@ def _map(name: str, records: Records) -> Map:
     normalised = isinstance(trial.decay, Decoupled) and trial.decay.normalised
     paper = isinstance(trial.decay, Decoupled) and not normalised and trial.decay.units == "paper"
     decay_name = "λ_norm" if normalised else "λ" if paper else "L2 coefficient" if trial.decay.name == "l2" else "torch weight_decay"
-    made = Map(name, lr, decay, decay_name, errors, split, _index(name, lr, decay, errors))
+    made = Map(name, lr, decay, decay_name, errors, split, _index(name, lr, decay, errors), off_axes)
     return replace(made, in_torch_units=_in_torch_units(made)) if paper else made
 
 

@@ -59,6 +59,22 @@ def test_the_first_question_is_answered_by_pair_and_by_map(maps: Findings) -> No
     assert third.text.startswith("Not answered by this study")
 
 
+def test_points_that_have_no_place_on_a_map_are_counted(tmp_path: Path) -> None:
+    lr, adamw, store = {"optimizer.lr": {"choice": [0.001, 0.002, 0.004]}}, synthetic.MAPS["arms"]["AdamW"], Store(tmp_path / "runs")
+    arms = {
+        "AdamW": adamw | {"space": lr | {"decay.weight_decay": {"choice": [0, 0.001, 0.01]}}},
+        "undecayed": adamw | {"optimizer": {"name": "adam", "eps": 1e-6}, "space": lr | {"decay.weight_decay": {"choice": [0]}}},
+    }
+    loaded = synthetic.write_study(store, synthetic.MAPS | {"arms": arms})
+    for planned in study.planned(loaded, {}):
+        assert planned.trial is not None
+        synthetic.write_trial(store, planned.trial, final=0.05)
+    tracking.deliver(store, loaded.name)
+    found = find(runs.read(loaded.name, store.root))
+    assert [(m.arm, m.errors.shape) for m in found.maps] == [("AdamW", (3, 2, 2))]
+    assert any(line.startswith("Map of AdamW: 3 configurations with") for line in found.missing)
+
+
 def test_a_report_of_maps_has_the_figure_and_the_table(synthetic_maps: Path) -> None:
     page = report("maps", synthetic_maps)
     assert (page.parent / "maps.png").stat().st_size > 10_000
