@@ -62,7 +62,7 @@ test-ui: setup
 
 test-slurm: setup
 	@$(SLURM_INSTALLED) || tests/slurm/install.sh
-	@$(BIN)/python -m pytest tests/slurm
+	@$(BIN)/python -m pytest tests/slurm -n 2 --dist loadgroup  # each worker has a cluster of its own
 
 slurm-up: setup  # a cluster of four nodes on this machine, to play with
 	@$(BIN)/python -m tests.slurm.cluster up

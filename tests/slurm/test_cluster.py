@@ -15,6 +15,8 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 
+pytestmark = pytest.mark.xdist_group("beside")
+
 
 def run(*command: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)

@@ -17,6 +17,8 @@ from launch import slurm, status
 from tests.slurm.cluster import Cluster
 from tests.slurm.study import SGDW, Study, until
 
+pytestmark = pytest.mark.xdist_group("beside")
+
 ONE: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None, "stall_timeout_seconds": 600}
 TINY: dict[str, Any] = {"ranks": 1, "budget": {"epochs": 0.2}}
 NO_DRIVER = "RuntimeError: Found no NVIDIA driver on your system."

@@ -23,6 +23,8 @@ from launch.ledger import Ledger
 from tests.slurm.cluster import Cluster
 from tests.slurm.study import ADAMW, SGDW, Study, steps, until
 
+pytestmark = pytest.mark.xdist_group("beside")
+
 ROOT = Path(__file__).resolve().parents[2]
 ONE: dict[str, Any] = {"tasks_per_node": 1, "gpus_per_node": None, "stall_timeout_seconds": 600}
 """of a cluster file: one rank a trial"""
