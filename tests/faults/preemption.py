@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -34,9 +35,9 @@ WHOLE_GPUS = {"tasks_per_node": 1, "gpus_per_node": None, "sbatch": {"gres": "gp
 """two nodes and all their GPUs, so that a job which wants these takes them from this trial alone"""
 UNTOUCHED = {"tasks_per_node": 1, "gpus_per_node": None, "partition": "high"}
 """on the same nodes, out of reach of a preemption and not in the way of one, which takes the GPUs"""
-DEAF = "env --block-signal=TERM "
+DEAF = f"*=deaf@{signal.SIGTERM:d}"
 """for ranks that hear nothing before KILL: without grace SLURM still sends TERM, some seconds earlier"""
-LATE = "env --block-signal=USR2 "
+LATE = f"*=deaf@{signal.SIGUSR2:d}"
 """for ranks that hear of a time limit by TERM alone, when it is there"""
 FORKED = 4
 """children of each rank, by faulty_rank's `fork`"""
@@ -227,7 +228,7 @@ def otherwise(lab: Lab) -> Iterator[Row]:
         python = f"{PYTHON} *=pace@{pace}"
         kinds: dict[str, dict[str, Any]] = {
             "only TERM": WHOLE_GPUS | {"python": python},
-            "only KILL": WHOLE_GPUS | {"python": DEAF + python, "partition": "abrupt"},
+            "only KILL": WHOLE_GPUS | {"python": f"{python},{DEAF}", "partition": "abrupt"},
         }
         chosen = {"only KILL": (PAIRS[0], PAIRS[3]), "only TERM": (PAIRS[1], PAIRS[2])}
         pairs = {
@@ -274,7 +275,7 @@ def time_limit(lab: Lab) -> Iterator[Row]:
     (of_long, of_short) = ((PAIRS[0], PAIRS[1]), (PAIRS[2], PAIRS[3])) if lab.thorough else (PAIRS[:1], PAIRS[1:2])
     long = [Pair(lab, "long", *pair, epochs, limit | {"max_timeouts": often}) for pair in of_long]
     short = [Pair(lab, "short", *pair, epochs, limit | {"max_timeouts": often - 1}) for pair in of_short]
-    late = Pair(lab, "late", *PAIRS[0], epochs, limit | {"python": f"{LATE}{PYTHON} *=slow@500", "time_minutes": 10})
+    late = Pair(lab, "late", *PAIRS[0], epochs, limit | {"python": f"{PYTHON} *=slow@500,{LATE}", "time_minutes": 10})
     until(lambda: steps(late.folder) > 5)
     _change(late, "EndTime=now+1")  # SLURM looks every half a minute
 

@@ -1,6 +1,7 @@
 """launch.rank with a fault built in, for the `python:` key of a cluster file: `PYTHON .../faulty_rank.py FAULT -u -m launch.rank ...`.
 
-FAULT is `ARM=WHAT@STEP,...` or `*=...` for every arm; WHAT is a method of Faults, which the call of train_step of that number meets.
+FAULT is `ARM=WHAT@STEP,...` or `*=...` for every arm; WHAT is a method of Faults, which the call of train_step of that number meets,
+or `deaf`: to the signal of that number.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 
@@ -74,14 +76,30 @@ def main() -> None:
     for one in given.split(","):
         of, what = one.split("=")
         if of in ("*", arm):
-            _build_in(*what.split("@"))
+            kind, at = what.split("@")
+        if kind == "deaf":
+            _deafen(int(at))
+        else:
+            _build_in(kind, int(at))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _build_in(what: str, at: str) -> None:
+def _deafen(signal: int) -> None:
+    from harness.stopping import StopRequest
+
+    plain = StopRequest._note
+
+    def note(self: StopRequest, number: int, frame: FrameType | None = None) -> None:
+        if number != signal:
+            plain(self, number, frame)
+
+    StopRequest._note = note  # type: ignore[method-assign]
+
+
+def _build_in(what: str, at: int) -> None:
     from harness.engine import Engine
 
-    met, plain, count = getattr(Faults(int(at)), what), Engine.train_step, 0
+    met, plain, count = getattr(Faults(at), what), Engine.train_step, 0
 
     def train_step(self: Engine, *args: Any, **options: Any) -> Any:
         nonlocal count
