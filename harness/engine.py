@@ -227,7 +227,7 @@ def _squares(tensors: list[Tensor]) -> float:
 
 def build(trial: Trial, ranks: Ranks) -> Engine:
     """The engine of trial.backend. Imports that backend's library and no other. Collective."""
-    optim.agree(ranks)
+    optim.agree(ranks, trial.decay)
     if trial.backend.name == "deepspeed":
         from harness.backends.zero import DeepSpeedEngine
 

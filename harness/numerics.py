@@ -22,7 +22,7 @@ def switched(backend: Backend) -> Iterator[None]:
     """
     # Read once, at cuBLAS's first product, whichever trial that belongs to, so it stays; 24 MiB more at most, and no slower.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1":
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "1" and torch.cuda.is_available():
         raise BadInput("NVIDIA_TF32_OVERRIDE: 1 rounds products of fp32 to ten bits, whatever torch says; unset it, or set it to 0")
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
     settings: Any = torch.utils.deterministic

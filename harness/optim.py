@@ -61,10 +61,11 @@ _everywhere = True
 """no rank of this trial is known to step by torch's kernels"""
 
 
-def agree(ranks: Ranks) -> None:
+def agree(ranks: Ranks, decay: NoDecay | L2 | Decoupled) -> None:
     """On a GPU, every rank steps by the same kernels: replicas would else drift apart by rounding. Collective."""
     global _everywhere
-    possible = ranks.device.type != "cuda" or _one_pass() is not None
+    unused = ranks.device.type != "cuda" or decay.name != "decoupled"
+    possible = unused or _one_pass() is not None
     _everywhere = ranks.sums([possible])[0] == ranks.world_size
     if possible and not _everywhere:
         warnings.warn("steps are torch's, in more passes over memory, since triton cannot make ours on another rank", stacklevel=2)

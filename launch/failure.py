@@ -7,7 +7,7 @@ import re
 REPEATS = ("configuration",)
 """would only fail again in the same way: never tried again by itself"""
 OF_THE_TRIAL = ("out of memory", "data", "assertion", "error")
-"""with the same words on a second node, it is the trial that fails and not the node"""
+"""with the same words, but for numbers, on a second node it is the trial that fails and not the node"""
 
 _SIGNS = (
     ("configuration", r"\bBadInput\b|ValidationError"),
@@ -28,6 +28,12 @@ _SIGNS = (
     ("assertion", r"AssertionError|device-side assert"),
     ("disk", r"No space left|Disk quota exceeded"),
 )
+
+
+def alike(one: str | None, other: str | None) -> bool:
+    """Whether two errors are the same but for numbers: free memory and process ids differ from node to node."""
+    a, b = (re.sub(r"\d+", "", error or "") for error in (one, other))
+    return a == b
 
 
 def kind(error: str | None, exit_status: int | None, slurm_state: str | None = None) -> str:

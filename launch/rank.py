@@ -40,23 +40,24 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
 def reachable(environment: Mapping[str, str]) -> dict[str, str]:
     """GLOO_SOCKET_IFNAME where gloo would tell the other nodes an address at which they reach themselves.
 
-    It tells them that of this host's name, which Debian's and Ubuntu's /etc/hosts say is 127.0.1.1.
+    It tells them that of this host's name, which Debian's and Ubuntu's /etc/hosts say is 127.0.1.1. So is MASTER_ADDR on the first node.
     """
-    if int(environment.get("SLURM_NNODES", 1)) == 1 or "GLOO_SOCKET_IFNAME" in environment or "MASTER_ADDR" not in environment:
+    if int(environment.get("SLURM_NNODES", 1)) == 1 or "GLOO_SOCKET_IFNAME" in environment:
         return {}
     with suppress(OSError):
         if socket.gethostbyname(socket.gethostname()).startswith("127."):
-            name = interface_to(environment["MASTER_ADDR"])
+            peers = filter(None, map(environment.get, ("MASTER_ADDR", "WRBENCH_LAST_ADDR")))
+            name = next(filter(None, map(interface_to, peers)), None)
             return {"GLOO_SOCKET_IFNAME": name} if name else {}
     return {}
 
 
 def interface_to(address: str) -> str | None:
-    """The network interface that leads to an IPv4 address or a host, or that has it; None where none has the address of its own end."""
+    """The network interface that leads to an IPv4 address or a host; None to this host itself, or where none has its end's address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # sends nothing
         own = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
+        for _, name in socket.if_nameindex() if not own.startswith("127.") else ():
             with suppress(OSError):  # it has no address
                 found = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR, linux/sockios.h
                 if socket.inet_ntoa(found[20:24]) == own:

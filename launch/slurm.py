@@ -114,12 +114,12 @@ def check_place(job_id: str, script: Path, nodes: str) -> None:
     try:
         run("sbatch", "--test-only", f"--array={task['ArrayTaskId']}", f"--exclude={excluded}", str(script), seconds=20)
     except SlurmError as error:
-        if "limit" not in str(error).lower():
+        if "allocation failure" in str(error):
             raise
-        # Nothing can be tried by a user who has as many jobs as allowed: the nodes of the partition are counted instead.
+        # Where nothing can be tried, as by a user who has as many jobs as allowed: the nodes of the partition are counted instead.
         printed = run("sinfo", "--noheader", "--Node", f"--partition={task['Partition']}", "--format=%N %T", seconds=20)
         up = {node for node, state in map(str.split, printed.splitlines()) if not re.search(r"down|drain|fail|maint|unk|\*", state)}
-        left = up - set(run("scontrol", "show", "hostnames", excluded).split())
+        left = up - set(hosts(excluded))
         if len(left) < int(task["NumNodes"].split("-")[0]):
             raise SlurmError(f"partition {task['Partition']} has {len(left)} other node(s) up") from None
 
@@ -165,9 +165,9 @@ def address(node: str) -> str:
     return found[1] if found else node
 
 
-def first_host(nodes: str) -> str:
-    """Of a list as SLURM writes it: n[1-4,7] -> n1."""
-    return run("scontrol", "show", "hostnames", nodes).split()[0]
+def hosts(nodes: str) -> list[str]:
+    """Of a list as SLURM writes it: n[1-2,7] -> n1, n2, n7."""
+    return run("scontrol", "show", "hostnames", nodes).split()
 
 
 # --------------------------------------------------------------------------------------------------- limits

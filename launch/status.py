@@ -142,7 +142,7 @@ def _returns(lives: Sequence[Life]) -> int:
 
 def _returned(life: Life) -> bool:
     """Whether it was requeued for anything but a failure that may be its nodes'."""
-    return life.requeued is not None and life.requeued["kind"] != "elsewhere"
+    return life.requeued is not None and life.requeued["kind"] not in ("elsewhere", "node")
 
 
 def _reason(task: slurm.Task) -> str:

@@ -201,7 +201,9 @@ class Supervisor:
         """MASTER_ADDR, the first node, and a port that is free there, of those that are this job's and not its neighbours'."""
         first = 10_000 + PORTS * (int(os.environ["SLURM_JOB_ID"]) % (20_000 // PORTS))  # below what Linux gives to outgoing connections
         port = next(p for p in (*random.sample(range(first, first + PORTS), PORTS), *range(first, 30_000 + PORTS)) if _is_free(p))
-        return {"MASTER_ADDR": slurm.address(slurm.first_host(self.nodes)), "MASTER_PORT": str(port), "WRBENCH_JOB_ID": self.job_id}
+        hosts = slurm.hosts(self.nodes)
+        ends = {"MASTER_ADDR": slurm.address(hosts[0]), "WRBENCH_LAST_ADDR": slurm.address(hosts[-1])}
+        return ends | {"MASTER_PORT": str(port), "WRBENCH_JOB_ID": self.job_id}
 
     def _watch(self, process: subprocess.Popen[bytes], folder: TrialFolder) -> bool:
         """Returns when the ranks have ended, or have saved themselves in a job that SLURM ends.
@@ -335,7 +337,7 @@ class Supervisor:
             if life.ended["step"] != end.state.committed:
                 break
             failures += 1
-            if (life.ended["kind"], life.ended.get("error")) == (end.kind, end.error):
+            if life.ended["kind"] == end.kind and failure.alike(life.ended.get("error"), end.error):
                 nodes.add(life.started["nodes"])
         everywhere = end.kind in failure.OF_THE_TRIAL and len(nodes) > 1
         if end.kind in failure.REPEATS or everywhere or failures > self.cluster.max_retries:
@@ -363,7 +365,9 @@ class Supervisor:
             (script,) = self.folder.glob("*submission*.sh")
             slurm.check_place(self.job_id, script, nodes)
         except (slurm.SlurmError, ValueError) as error:
-            _say(f"{trial.trial_id}: again on {nodes}, since SLURM has no other place: {error}")
+            unknown = isinstance(error, slurm.SlurmError) and error.unanswered
+            why = "could not be asked for another place" if unknown else "has no other place"
+            _say(f"{trial.trial_id}: again on {nodes}, since SLURM {why}: {error}")
             return False
         return True
 

@@ -92,6 +92,9 @@ def test_fp32_is_fp32_also_in_a_container_of_nvidias() -> None:
 
 def test_what_torch_cannot_switch_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with numerics.switched(Backend()):  # concerns no CPU
+        pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(BadInput, match=r"^NVIDIA_TF32_OVERRIDE: 1 "), numerics.switched(Backend()):
         pass
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")

@@ -103,14 +103,22 @@ def test_where_there_is_no_other_node_or_none_may_be_excluded_it_is_tried_there_
 ) -> None:
     """Neither waits for ever. One that fails on all nodes in turn ends when there is no further one."""
     only = {"max_retries": 1, "sbatch": {"exclude": "n[2-4]"}}
-    bound = Study(tmp_path / "bound", mnist5k, ONE | only | python(tmp_path / "bound", "true", "KeyError: $RANDOM"), name="bound", **TINY)
+    bound = Study(
+        tmp_path / "bound",
+        mnist5k,
+        ONE | only | python(tmp_path / "bound", "true", "KeyError: $(mktemp -u XXXXXXXX)"),
+        name="bound",
+        **TINY,
+    )
     bound.submit()
     pair = {"max_retries": 2, "sbatch": {"exclude": "n[3-4]"}}
-    toured = Study(tmp_path / "two", mnist5k, ONE | pair | python(tmp_path / "two", "true", "KeyError: $RANDOM"), name="two", **TINY)
+    toured = Study(
+        tmp_path / "two", mnist5k, ONE | pair | python(tmp_path / "two", "true", "KeyError: $(mktemp -u XXXXXXXX)"), name="two", **TINY
+    )
     toured.submit()
 
     refuse(tmp_path / "bin", "scontrol", "update", "slurm_update error: Access/permission denied")
-    refuse(tmp_path / "bin", "sbatch", "--test-only", "sbatch: error: AssocMaxSubmitJobLimit")  # such a user has nodes all the same
+    refuse(tmp_path / "bin", "sbatch", "--test-only", "sbatch: error: Access/permission denied")  # such a user has nodes all the same
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     once = f"mkdir {tmp_path / 'failed'} 2> /dev/null"
     forbidden = Study(tmp_path / "no", mnist5k, ONE | {"max_retries": 1} | python(tmp_path / "no", once, NO_DRIVER), name="no", **TINY)

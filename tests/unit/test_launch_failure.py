@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch import rank
+from launch import failure, rank
 from launch.failure import kind
 from launch.rank import place
 
@@ -60,10 +60,24 @@ def test_local_rank_is_the_number_of_the_gpu_among_those_seen(shown: str | None,
 
 def test_gloo_is_told_an_interface_where_a_hosts_name_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """/etc/hosts of Debian and Ubuntu: 127.0.1.1."""
-    many = {"SLURM_NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
+    many = {"SLURM_NNODES": "2", "MASTER_ADDR": "127.0.1.1", "WRBENCH_LAST_ADDR": "10.0.0.8"}  # as the first node sees them
+    leads = {"10.0.0.7": "eth0", "10.0.0.8": "eth0"}
+    monkeypatch.setattr(rank, "interface_to", leads.get)
     monkeypatch.setattr(rank.socket, "gethostbyname", lambda name: "127.0.1.1")
-    assert rank.reachable(many) == {"GLOO_SOCKET_IFNAME": "lo"}
+    assert rank.reachable(many) == {"GLOO_SOCKET_IFNAME": "eth0"}
+    assert rank.reachable(many | {"MASTER_ADDR": "10.0.0.7", "WRBENCH_LAST_ADDR": "127.0.1.1"}) == {"GLOO_SOCKET_IFNAME": "eth0"}
+    assert rank.reachable(many | {"WRBENCH_LAST_ADDR": "127.0.1.1"}) == {}, "all on one machine"
     assert rank.reachable(many | {"GLOO_SOCKET_IFNAME": "ib0"}) == {}
     assert rank.reachable(many | {"SLURM_NNODES": "1"}) == {}
     monkeypatch.setattr(rank.socket, "gethostbyname", lambda name: "10.0.0.7")
     assert rank.reachable(many) == {}, "others reach it there"
+
+
+def test_an_interface_is_one_by_which_others_are_reached() -> None:
+    assert rank.interface_to("127.0.1.1") is None
+
+
+def test_errors_are_alike_but_for_their_numbers() -> None:
+    oom = "OutOfMemoryError: Tried to allocate {} GiB. Process {} has 70.1 GiB in use"
+    assert failure.alike(oom.format(2, 4711), oom.format(2, 815))
+    assert not failure.alike("KeyError: 'x'", "KeyError: 'y'")

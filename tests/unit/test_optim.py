@@ -220,10 +220,12 @@ def test_every_rank_steps_by_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(optim, "_everywhere", True)
     with pytest.warns(UserWarning, match=r"^steps are torch's, .* on another rank$"):
-        optim.agree(others(1))
+        optim.agree(others(1), trial().decay)
     assert optim._kernels(weights) is None  # type: ignore[arg-type]
-    optim.agree(others(2))
+    optim.agree(others(2), trial().decay)
     assert optim._kernels(weights) is kernels  # type: ignore[arg-type]
+    monkeypatch.setattr(optim, "_one_pass", lambda: pytest.fail("nothing of this trial needs them"))
+    optim.agree(others(2), trial(decay={"name": "l2", "weight_decay": 0.1}).decay)
 
 
 def test_where_triton_cannot_make_them_steps_are_torchs_and_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
