@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,8 @@ from launch.status import label
 
 SECONDS_TO_SAVE = 60.0
 """that running trials have to save themselves when told to stop"""
+SECONDS_APART = 30.0
+"""that a rank may end before its peers"""
 SECONDS_TO_BEGIN = 5.0
 """after which a stopped job that holds no trial has nothing left to save"""
 
@@ -107,6 +110,8 @@ class Running:
     """job_id and place, as in the ledger"""
     process: Any = None
     """submitit's job, when this process started it"""
+    parted: float | None = None
+    """when a rank was first seen to have ended before its peers, of time.monotonic(); inf while none has; None before all were there"""
 
     def done(self) -> bool:
         if self.process is not None:
@@ -114,6 +119,21 @@ class Running:
         if self.job is not None:
             return not is_alive(self.job, self.folder.logs)
         return not self.folder.is_running()
+
+    def has_lost_a_rank(self, ranks: int) -> bool:
+        """Whether one ended SECONDS_APART ago and others have not: over NCCL they wait for it until backend.timeout_seconds, and submitit
+        waits for them."""
+        if self.job is None:
+            return False
+        try:
+            there = len(Path(f"/proc/{self.job['job_id']}/task/{self.job['job_id']}/children").read_text().split())
+        except OSError:
+            return False
+        if there == ranks:
+            self.parted = math.inf
+        elif self.parted is not None:
+            self.parted = min(self.parted, time.monotonic())
+        return 0 < there < ranks and self.parted is not None and time.monotonic() - self.parted > SECONDS_APART
 
     def signal(self, number: signal.Signals) -> None:
         """To submitit's controller: it forwards SIGTERM to the ranks, and they end when it is killed."""

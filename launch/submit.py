@@ -99,6 +99,8 @@ class Submission:
             if (now := time.monotonic()) >= next_look:
                 for trial_id, running in self.running.items():
                     self.states[trial_id] = running.folder.state()
+                    if self.states[trial_id].state not in ENDED_WELL and running.has_lost_a_rank(self.ranks):
+                        running.signal(signal.SIGKILL)
                 self.view.update(self._snapshot(began, before))
                 next_look = now + max(0.5, 10 * (time.monotonic() - now))  # long journals are read less often
             time.sleep(0.1)

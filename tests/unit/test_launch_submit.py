@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,3 +242,25 @@ def test_columns_are_apart_where_their_names_have_spaces() -> None:
 
 def test_durations_for_people() -> None:
     assert [duration(s) for s in (None, 0.4, 59.6, 61, 3661)] == ["-", "0s", "1m00s", "1m01s", "1h01m"]
+
+
+def test_ranks_that_outlive_one_of_them_are_noticed_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.local.SECONDS_APART", 0.3)
+    ranks = "import subprocess; ranks = [subprocess.Popen(['sleep', '60']) for _ in range(2)]; print(ranks[0].pid, flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{ranks}; ranks[0].wait(); ranks[1].wait()"], stdout=subprocess.PIPE, text=True
+    ) as controller:
+        running = Running(trial(), Store(tmp_path).trial("mine", "1"), 0, 1, {"job_id": str(controller.pid), "place": 0})
+        assert not running.has_lost_a_rank(2), "as they start, one after the other"
+        assert controller.stdout is not None
+        first = int(controller.stdout.readline())
+        assert not running.has_lost_a_rank(2)
+        os.kill(first, signal.SIGKILL)
+        time.sleep(0.1)
+        assert not running.has_lost_a_rank(2)
+        time.sleep(0.4)
+        assert running.has_lost_a_rank(2)
+        for pid in Path(f"/proc/{controller.pid}/task/{controller.pid}/children").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        controller.wait(10)
+    assert not running.has_lost_a_rank(2)
