@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from analysis.compare import ArmResult, Comparison, Pair, interval, sentence, signed
 from analysis.maps import Map
 from analysis.runs import Records
 from analysis.searches import FEWEST, Duel, Searches
-from harness.config import Arm
+from harness.config import Arm, dotted
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,18 @@ def _behind(records: Records, comparison: Comparison) -> Iterator[str]:
 
 def _other_schedule(records: Records, pair: Pair, what: str) -> Iterator[str]:
     """Without `comparisons` a study compares every pair of its arms, also those that differ in more than the question asks."""
-    a, b = (next(trial.schedule for trial in records.configs.values() if trial.arm == name) for name in (pair.a, pair.b))
-    if a != b:
-        yield f"These two differ in their schedules too ({a.name} and {b.name}), so this is not the effect of the {what} alone."
+    a, b = (_schedule(records, name) for name in (pair.a, pair.b))
+    odd = [key for key in a | b if a.get(key) != b.get(key)]
+    if odd:
+        how = f"{a['schedule.name']} and {b['schedule.name']}" if "schedule.name" in odd else ", ".join(odd)
+        yield f"These two differ in their schedules too ({how}), so this is not the effect of the {what} alone."
+
+
+def _schedule(records: Records, name: str) -> dict[str, Any]:
+    """What an arm says of its schedule, by dotted key: values, defaults too, and the axis of what it searches, of which trials differ."""
+    trial = next(trial for trial in records.configs.values() if trial.arm == name)
+    axes = {key: axis for key, axis in records.study.study.arms[name].space.items() if key.startswith("schedule.")}
+    return dict(dotted({"schedule": trial.schedule.model_dump()})) | axes
 
 
 def _tuning(arms: dict[str, Arm], comparison: Comparison, searches: Searches) -> Iterator[str]:

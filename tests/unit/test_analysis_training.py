@@ -102,6 +102,34 @@ def test_a_pair_that_differs_in_schedule_too_is_not_passed_off_as_the_effect_of_
     assert behind.text.count(differ) == 1 and "the effect of the optimizer alone" in behind.text
 
 
+@pytest.mark.parametrize(
+    ("adam", "sgd", "how"),
+    [
+        ({"warmup_epochs": {"uniform": [0, 0.5]}}, {"warmup_epochs": {"uniform": [0, 0.5]}}, None),
+        ({"warmup_epochs": {"uniform": [0, 0.5]}}, {"warmup_epochs": {"uniform": [0, 1]}}, "schedule.warmup_epochs"),
+        ({"warmup_epochs": {"uniform": [0, 0.5]}}, {}, "schedule.warmup_epochs"),
+        ({"warmup_epochs": 0}, {}, None),
+        ({"t_mult": 1, "eta_min": 0.1}, {}, "schedule.t_mult, schedule.eta_min"),
+    ],
+)
+def test_schedules_differ_as_they_are_written_and_not_as_they_are_drawn(
+    tmp_path: Path, adam: dict[str, Any], sgd: dict[str, Any], how: str | None
+) -> None:
+    """The first trials of two arms that search the same schedule have two of its values."""
+    arms = {}
+    for name, changes in (("AdamWR", adam), ("SGDWR", sgd)):
+        arm = STUDY["arms"][name]
+        axes = {f"schedule.{key}": value for key, value in changes.items() if isinstance(value, dict)}
+        held = {key: value for key, value in changes.items() if not isinstance(value, dict)}
+        arms[name] = arm | {"space": arm["space"] | axes, "schedule": arm["schedule"] | held}
+    records = made(tmp_path, dict.fromkeys(arms, [[9.0, 5.0, 4.0]] * 2), arms=arms)
+    found = compare(records)
+    _, behind, _ = answers(records, found, searches(records, found), ())
+    assert "AdamWR" in behind.text
+    told = behind.text.partition("These two differ in their schedules too (")[2].partition(")")[0]
+    assert told == (how or "")
+
+
 def test_what_the_points_do_not_reach_is_not_called_shown() -> None:
     """Steady a beats broad b for few trials and loses to it for many, of which sixteen points cannot tell."""
     rng = np.random.default_rng(2)
