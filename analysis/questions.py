@@ -57,12 +57,12 @@ def _decoupling(records: Records, comparison: Comparison, maps: Sequence[Map]) -
     if not pairs and not maps:
         yield (
             "Not answered by this study: it compares no arm with decoupled decay to the same optimizer with L2, and has no map "
-            "over learning rate and decay (sampler grid over optimizer.lr and decay.weight_decay)."
+            "over learning rate and decay (sampler grid over optimizer.lr and decay.weight_decay, above 0)."
         )
     elif not pairs:
         yield "The errors of decoupled decay and L2 are not compared: no such pair is among the study's comparisons."
     elif not maps:
-        yield "Whether learning rate and decay decouple is not measured: that needs a map (sampler grid over both)."
+        yield "Whether learning rate and decay decouple is not measured: that needs a map (sampler grid over both, above 0)."
 
 
 def _percent(share: float) -> str:
