@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import tables
+from analysis import figures, tables
 from analysis.compare import HOLDOUT, VALIDATION, Pair, compare
 from analysis.estimate import beats, tuned_difference
 from analysis.questions import _at_equal_budgets, _percent, answers
@@ -46,7 +46,9 @@ def made(tmp_path: Path, curves: dict[str, list[Curve]], **more: Any) -> Records
                 HOLDOUT: answer, VALIDATION: answer,
             }
         )  # fmt: skip
-        points += [(trial.trial_id, VALIDATION, end - 1, 1 - error / 100) for end, error in zip(ends, curve, strict=False)]
+        for end, error in zip(ends, curve, strict=False):
+            values = {VALIDATION: 1 - error / 100, "val/top1": 1 - error / 100, "epoch": end / schedule.steps_per_epoch(trial)}
+            points += [(trial.trial_id, metric, end - 1, value) for metric, value in values.items()]
         configs[trial.trial_id] = trial
     frame = pd.DataFrame(points, columns=["trial_id", "metric", "step", "value"]).astype({"trial_id": "category", "metric": "category"})
     return Records(loaded, Store(tmp_path), {}, frame, configs, pd.DataFrame(rows))
@@ -65,6 +67,29 @@ def test_a_run_that_diverged_counts_in_the_course_of_training(tmp_path: Path) ->
     assert (caught.target, caught.reached, caught.seeds) == (pytest.approx(4.0), 2, 4)
     assert caught.epochs.value == math.inf  # of the two survivors it is 5
     assert [row[3] for row in tables.anytime_table([adam]).rows] == ["9.12", "diverged", "diverged"]
+
+
+def test_a_line_ends_where_a_seed_has_diverged(tmp_path: Path) -> None:
+    """Beyond, it would be the mean of those that survived."""
+    curves = {
+        "AdamWR": [[9.0, 5.0, 4.0], [9.0, 4.0, 4.2], [9.0], [9.5, 6.0]],
+        "SGDWR": [[9.0, 6.0, 4.0]] * 4,
+        "Third": [[], *[[9, 6, 4.0]] * 3],
+    }
+    records = made(tmp_path, curves)
+    comparison = compare(records)
+    table = figures.curves(records, comparison)
+    for drawn, epochs in ((figures.error_by_epoch, ({1}, {1, 3, 7}, set())), (figures.anytime, ({1, 3}, {1, 3, 7, 1.04 * 7}, set()))):
+        (axes,) = drawn(table, comparison).axes
+        for look, expected in zip(figures.looks(comparison).values(), epochs, strict=True):
+            assert {x for line in axes.lines if line.get_color() == look.color for x in np.asarray(line.get_xdata())} == expected
+        legend = axes.get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()][:3] == [
+            "AdamWR (n = 4 seeds, 2 diverged: no mean from there)",
+            "SGDWR (n = 4 seeds)",
+            "Third (n = 4 seeds, 1 diverged: no mean from there)",
+        ]
 
 
 def test_gaps_are_judged_together_as_the_comparisons_are(tmp_path: Path) -> None:
