@@ -21,7 +21,7 @@ from analysis.estimate import Difference, Estimate, Method, difference, differen
 from analysis.runs import Records
 from harness.config import Arm, BadInput, Choice, LogUniform, Trial, WorkloadFile
 from harness.correct import correct
-from harness.store import ENDED, SEARCHED_BLIND
+from harness.store import ENDED, RETRIED, SEARCHED_BLIND
 from harness.study import LoadedStudy, axis_values
 
 HOLDOUT, VALIDATION = "anytime/holdout_top1", "anytime/val_top1"
@@ -175,12 +175,15 @@ def _arm(name: str, rows: pd.DataFrame, phase: str, records: Records) -> ArmResu
     finished = (rows.state == "finished") & answer.map(math.isfinite)
     missing = ~(failed | diverged | finished)
     in_phase = rows[rows.phase == phase]
-    search_ended = rows.state[rows.phase == "search"].isin(ENDED)
-    never = rows.trial_id.isna() & bool(len(search_ended) and search_ended.all())  # finalists that an ended search has not named
+    search_states = rows.state[rows.phase == "search"]
+    never = rows.trial_id.isna() & bool(
+        len(search_states) and search_states.isin(ENDED).all()
+    )  # finalists that an ended search has not named
     waits = ~rows.state.isin(ENDED) & ~never
     best, candidates, notes = _best(in_phase[~never[in_phase.index]], phase)
     if never.any():
-        notes.append(f"{never.sum()} trials of finalists will never be: too few configurations of the search finished")
+        unless = ", unless what failed of the search is run again (submit --retry)" if search_states.isin(RETRIED).any() else ""
+        notes.append(f"{never.sum()} trials of finalists will never be{unless}: too few configurations of the search finished")
     chosen = in_phase[in_phase.config == best] if best else in_phase.iloc[:0]
     errors, holdout = errors_by_seed(chosen), errors_by_seed(chosen, HOLDOUT)
     error = mean(errors)
@@ -305,8 +308,8 @@ def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterat
         unread = table[(table.state == "finished") & table[VALIDATION].isna()].trial_id
         if blind := sum(records.store.trial(records.study.name, str(i)).is_blind() for i in unread):
             yield f"{blind} of {len(table)} planned trials were {SEARCHED_BLIND}"
-    seeds = {arm.name: arm.error.n for arm in arms}
-    for a, b in records.study.study.analysis.comparisons or ():
+    seeds, analysis = {arm.name: arm.error.n for arm in arms}, records.study.study.analysis
+    for a, b in (analysis.comparisons or ()) if analysis.method == "welch" else ():
         few, many = sorted((seeds[a], seeds[b]))
         if few == 2 < many:
             yield f"{a} and {b}: two seeds against {many}: Welch's test calls equal arms different in up to 11 % of studies, not in 5 %"
@@ -424,7 +427,7 @@ def scope(comparison: Comparison) -> str:
 
 
 def published(comparison: Comparison) -> str | None:
-    """The number that was published for the workload beside the lowest error here, and all in which the two runs are known to differ."""
+    """The number that was published for the workload beside the lowest error here, in what they are known to differ, and what is open."""
     reference = comparison.workload.reference
     if reference is None or reference.top1_error is None:
         return None
@@ -435,8 +438,11 @@ def published(comparison: Comparison) -> str | None:
         over = " to ".join(f"{end:.2f}".replace("-", "−") for end in error.interval) if error.interval else "none"
         among = f", the lowest of {len(errors)} arms" if len(errors) > 1 else ""
         here = f"Here {name} has {error.value:.2f} % (95 % interval {over}, n = {error.n}{among})"
-    differ = "; ".join(reference.departures) or "nothing that is stated of both"
-    return f"Published: a top-1 error of {reference.top1_error:.2f} % ({reference.source}). {here}. The two differ in {differ}."
+    differ = f"these are known to differ: {'; '.join(reference.departures)}" if reference.departures else "none is known to differ"
+    return (
+        f"Published: a top-1 error of {reference.top1_error:.2f} % ({reference.source}). {here}. Of data, network, recipe, budget and "
+        f"warm-up, {differ}. Optimizer, decay, the rest of the schedule and tuning are the arm's own and are not compared."
+    )
 
 
 def signed(points: float) -> str:

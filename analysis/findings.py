@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from analysis import tables
 from analysis.compare import Comparison, compare
-from analysis.maps import Map, maps
+from analysis.maps import Map, maps, off_axes
 from analysis.questions import Answer, answers
 from analysis.runs import Records
 from analysis.searches import FEWEST, Searches, searches
@@ -20,6 +20,8 @@ class Findings:
     comparison: Comparison
     searches: Searches
     maps: tuple[Map, ...]
+    off_axes: Mapping[str, int]
+    """arm -> configurations that no map shows"""
     anytime: tuple[Anytime, ...]
     catching: tuple[Catching, ...]
     loss_points: LossPoints
@@ -53,6 +55,7 @@ def find(records: Records) -> Findings:
         comparison=comparison,
         searches=searched,
         maps=mapped,
+        off_axes=off_axes(records),
         anytime=anytime(records, comparison),
         catching=catching(records, comparison),
         loss_points=points,
@@ -68,10 +71,9 @@ def _missing(found: Findings) -> Iterator[str]:
     elif not found.searches.duels:
         yield "Tuning budgets of pairs: no two compared arms have both searched."
     if not found.maps:
-        yield "Heat maps and decoupling index: no arm searches a grid over exactly optimizer.lr and decay.weight_decay."
-    for m in found.maps:
-        if m.off_axes:
-            yield f"Map of {m.arm}: {m.off_axes} configurations with a learning rate or a decay of 0 have no place on its logarithmic axes."
+        yield "Heat maps and decoupling index: no arm searches a grid over exactly optimizer.lr and decay.weight_decay, above 0."
+    for arm, count in found.off_axes.items():
+        yield f"Maps: {count} configurations of {arm} with a learning rate or a decay of 0 have no place on logarithmic axes."
     if not found.anytime:
         yield "Anytime curves: no reported trial has completed a cycle."
     if not any(gap.difference.interval for gap in found.gaps):

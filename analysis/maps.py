@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.compare import errors_by_seed, searched
@@ -29,30 +31,35 @@ class Map:
     split: str
     """validation, or holdout where the study has finalists"""
     index: Decoupling
-    off_axes: int = 0
-    """configurations with a learning rate or a decay of zero, which has no place on a logarithmic axis"""
     in_torch_units: Map | None = None
     """of raw decoupled decay in paper units: the same runs over torch's weight_decay = lambda / alpha, the positive control"""
 
 
 def maps(records: Records) -> tuple[Map, ...]:
-    """A map an arm whose space is a grid over exactly learning rate and weight decay, in the order of the study."""
-    study = records.study.study
-    if study.sampler.name != "grid":
-        return ()
-    made = (_map(name, records) for name, arm in study.arms.items() if arm.space.keys() == AXES)
-    return tuple(m for m in made if m is not None)
+    """A map an arm whose space is a grid over exactly learning rate and weight decay, above 0, in the order of the study."""
+    return tuple(_map(name, rows[_has_place(rows)], records) for name, rows in _grids(records) if _has_place(rows).any())
 
 
-def _map(name: str, records: Records) -> Map | None:
-    """None of an arm that trains without decay, or learning rate, throughout."""
+def off_axes(records: Records) -> dict[str, int]:
+    """arm -> configurations of its grid with a learning rate or a decay of 0, which has no place on a logarithmic axis, if any."""
+    counts = {name: rows[~_has_place(rows)]["config"].nunique() for name, rows in _grids(records)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _grids(records: Records) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(arm, planned trials of its search) of each arm whose space is such a grid."""
+    study, table = records.study.study, records.trials
+    for name, arm in study.arms.items():
+        if study.sampler.name == "grid" and arm.space.keys() == AXES:
+            yield name, table[table.planned & (table.arm == name) & (table.phase == "search")]
+
+
+def _has_place(rows: pd.DataFrame) -> pd.Series:
+    return (rows["optimizer.lr"] > 0) & (rows["decay.weight_decay"] > 0)
+
+
+def _map(name: str, rows: pd.DataFrame, records: Records) -> Map:
     study = records.study.study
-    table = records.trials
-    rows = table[table.planned & (table.arm == name) & (table.phase == "search")]
-    has_place = (rows["optimizer.lr"] > 0) & (rows["decay.weight_decay"] > 0)
-    off_axes, rows = rows[~has_place]["config"].nunique(), rows[has_place]
-    if rows.empty:
-        return None
     metric, split = searched(records.study)
     lr = np.array(sorted(set(rows["optimizer.lr"])), dtype=float)
     decay = np.array(sorted(set(rows["decay.weight_decay"])), dtype=float)
@@ -65,7 +72,7 @@ def _map(name: str, records: Records) -> Map | None:
     normalised = isinstance(trial.decay, Decoupled) and trial.decay.normalised
     paper = isinstance(trial.decay, Decoupled) and not normalised and trial.decay.units == "paper"
     decay_name = "λ_norm" if normalised else "λ" if paper else "L2 coefficient" if trial.decay.name == "l2" else "torch weight_decay"
-    made = Map(name, lr, decay, decay_name, errors, split, _index(name, lr, decay, errors), off_axes)
+    made = Map(name, lr, decay, decay_name, errors, split, _index(name, lr, decay, errors))
     return replace(made, in_torch_units=_in_torch_units(made)) if paper else made
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from analysis.compare import ArmResult, Comparison, Pair, interval, sentence, signed
 from analysis.maps import Map
 from analysis.runs import Records
 from analysis.searches import FEWEST, Duel, Searches
-from harness.config import Arm
+from harness.config import Arm, dotted
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ def _decoupling(records: Records, comparison: Comparison, maps: Sequence[Map]) -
     if not pairs and not maps:
         yield (
             "Not answered by this study: it compares no arm with decoupled decay to the same optimizer with L2, and has no map "
-            "over learning rate and decay (sampler grid over optimizer.lr and decay.weight_decay)."
+            "over learning rate and decay (sampler grid over optimizer.lr and decay.weight_decay, above 0)."
         )
     elif not pairs:
         yield "The errors of decoupled decay and L2 are not compared: no such pair is among the study's comparisons."
     elif not maps:
-        yield "Whether learning rate and decay decouple is not measured: that needs a map (sampler grid over both)."
+        yield "Whether learning rate and decay decouple is not measured: that needs a map (sampler grid over both, above 0)."
 
 
 def _percent(share: float) -> str:
@@ -80,9 +81,18 @@ def _behind(records: Records, comparison: Comparison) -> Iterator[str]:
 
 def _other_schedule(records: Records, pair: Pair, what: str) -> Iterator[str]:
     """Without `comparisons` a study compares every pair of its arms, also those that differ in more than the question asks."""
-    a, b = (next(trial.schedule for trial in records.configs.values() if trial.arm == name) for name in (pair.a, pair.b))
-    if a != b:
-        yield f"These two differ in their schedules too ({a.name} and {b.name}), so this is not the effect of the {what} alone."
+    a, b = (_schedule(records, name) for name in (pair.a, pair.b))
+    odd = [key for key in a | b if a.get(key) != b.get(key)]
+    if odd:
+        how = f"{a['schedule.name']} and {b['schedule.name']}" if "schedule.name" in odd else ", ".join(odd)
+        yield f"These two differ in their schedules too ({how}), so this is not the effect of the {what} alone."
+
+
+def _schedule(records: Records, name: str) -> dict[str, Any]:
+    """What an arm says of its schedule, by dotted key: values, defaults too, and the axis of what it searches, of which trials differ."""
+    trial = next(trial for trial in records.configs.values() if trial.arm == name)
+    axes = {key: axis for key, axis in records.study.study.arms[name].space.items() if key.startswith("schedule.")}
+    return dict(dotted({"schedule": trial.schedule.model_dump()})) | axes
 
 
 def _tuning(arms: dict[str, Arm], comparison: Comparison, searches: Searches) -> Iterator[str]:

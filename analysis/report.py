@@ -261,9 +261,9 @@ CAPTIONS = {
     "result": "Left: each seed, the mean and its 95 % interval. Right: each difference with its 95 % interval, filled by the "
     "study's declared method, open by others; the band is the margin of equivalence.",
     "error_by_epoch": "Validation error of the reported configurations by epoch, after every evaluation: mean over seeds, band from the "
-    "lowest to the highest seed. Large markers: the end of a cycle.",
+    "lowest to the highest seed, as far as none of an arm's seeds had diverged. Large markers: the end of a cycle.",
     "anytime": "Validation error of the answer at hand, the solution at the end of the last completed cycle (none before the first): "
-    "mean over seeds, band from the lowest to the highest seed.",
+    "mean over seeds, band from the lowest to the highest seed, as far as none of an arm's seeds had diverged.",
     "maps": "Mean error over the seeds of each cell of a grid over learning rate and weight decay, one scale for all; circle: the best "
     "cell; crosses: a seed diverged; blank: no result. A decoupled map has its basin along the axes, a coupled one along a diagonal.",
     "budgets": "Above: the holdout error that half of all searches of a budget end below, band: 95 % interval, drawn as far as the points "

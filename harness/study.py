@@ -53,6 +53,9 @@ REFERRED: Any = {
 }
 """of a workload: what the published number depends on; a study that changes one of these is said to depart from it"""
 
+WARMUP = "schedule.warmup_epochs"
+"""told of too, where the published one is stated"""
+
 BLOCKS = ("optimizer", "decay", "schedule")
 MOST = 20_000
 """trials of a phase: a plan of them takes seconds"""
@@ -111,7 +114,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedStudy:
     _check_size(study, source)
     loaded = LoadedStudy(study, _workload(study, source, written), source)
     trials = [p.trial for p in planned(loaded, {}) if p.trial is not None]
-    loaded = replace(loaded, workload=_departing(loaded.workload, _warmups(trials, loaded.workload.reference)))
+    if (reference := loaded.workload.reference) is not None:
+        departures = (*reference.departures, *_warmups(trials, reference))
+        loaded = replace(loaded, workload=_departing(loaded.workload, departures))
     first: dict[str, Trial] = {}
     for trial in trials:
         twin = first.setdefault(trial.trial_id, trial)
@@ -267,9 +272,10 @@ def _workload(study: Study, source: str, written: Mapping[str, Any] | None = Non
         raise BadInput(f"{where}: workload.reference: source and top1_error are of one publication; state both, or neither")
     if workload.reference is not None:
         own, publication = parse(WorkloadFile, base, where, as_written), workload.reference.source
-        workload = _repriced(own, workload)
-        if own.reference is None or own.reference.source != publication:
-            # the study is of another publication than the workload file: what it says itself, before --set, is that one's recipe
+        if "images_per_second" not in stated:
+            workload = _repriced(own, workload)
+        if base is document or own.reference is None or own.reference.source != publication:
+            # there is no workload file, or it is of another publication: what the study says itself, before --set, is the recipe
             own = _as_written(written, source, workload) if written is not None else workload
         workload = _departing(workload, _departures(own, workload))
     evaluation, test = workload.evaluation, workload.evaluation.test
@@ -297,49 +303,57 @@ def _is_whole(workload: Mapping[str, Any]) -> bool:
 
 
 def _as_written(written: Mapping[str, Any], source: str, workload: WorkloadFile) -> WorkloadFile:
-    """The workload of the document before --set, where that is of the same publication; else `workload` itself."""
+    """The workload of the document before --set, where that is of the same publication; else `workload` without departures."""
     with suppress(BadInput):  # it may lack what --set gives
         before = _workload(parse(Study, dict(written), source), source)
         if before.reference is not None and workload.reference is not None and before.reference.source == workload.reference.source:
             return before
-    return workload
+    return _departing(workload, ())
 
 
 def _departures(base: WorkloadFile, workload: WorkloadFile) -> Iterator[str]:
-    """KEY: VALUE instead of VALUE, of all that a result hangs on: from the workload file, or from what was published where that is
-    stated."""
+    """KEY: VALUE instead of VALUE, of what a result hangs on in a workload: from what was published where that is stated, else from
+    `base`. If that is a stored study, its own departures tell what it departed from."""
     reference = workload.reference
     if reference is None:
         return
     before, now = (
-        dict(dotted(w.model_dump(mode="json", include=REFERRED))) | {"images trained on": w.data.trained_samples} for w in (base, workload)
+        {
+            key: _written(value)
+            for key, value in (*dotted(w.model_dump(mode="json", include=REFERRED)), ("images trained on", w.data.trained_samples))
+        }
+        for w in (base, workload)
     )
+    for line in base.reference.departures if base.reference is not None else ():
+        key, _, values = line.partition(": ")
+        if key != WARMUP:  # of the arms: told of them as they are now
+            before[key] = values.rpartition(" instead of ")[2]
     if reference.epochs is not None:
-        before["budget.epochs"] = reference.epochs
+        before["budget.epochs"] = _written(reference.epochs)
     if reference.trained_samples is not None:
-        before["images trained on"] = reference.trained_samples
-
-    def written(value: Any) -> Any:
-        return "null" if value is None else value
-
+        before["images trained on"] = _written(reference.trained_samples)
     for key in before | now:
-        if now.get(key) != before.get(key):
-            yield f"{key}: {written(now.get(key))} instead of {written(before.get(key))}"
+        is_now, was = now.get(key, _written(None)), before.get(key, _written(None))
+        if is_now != was:
+            yield f"{key}: {is_now} instead of {was}"
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _departing(workload: WorkloadFile, departures: Iterable[str]) -> WorkloadFile:
-    """With them in its reference, where it has one, each once."""
+    """With these in its reference, where it has one, and no others."""
     reference = workload.reference
     if reference is None:
         return workload
-    every = tuple(dict.fromkeys([*reference.departures, *departures]))
-    return workload.model_copy(update={"reference": reference.model_copy(update={"departures": every})})
+    return workload.model_copy(update={"reference": reference.model_copy(update={"departures": tuple(departures)})})
 
 
 def _repriced(base: WorkloadFile, workload: WorkloadFile) -> WorkloadFile:
-    """With the reference's speed at the study's image size, unless the study states one: a step's time is nearly as its pixels."""
+    """With the workload file's speed at the study's image size: a step's time is nearly as its pixels."""
     reference = workload.reference
-    if reference is None or base.reference is None or reference.images_per_second != base.reference.images_per_second:
+    if reference is None:
         return workload
     rate = reference.images_per_second * (base.data.image_size / workload.data.image_size) ** 2
     return workload.model_copy(update={"reference": reference.model_copy(update={"images_per_second": rate})})
@@ -531,11 +545,11 @@ def planned(loaded: LoadedStudy, results: Mapping[str, float | None]) -> list[Pl
     return out
 
 
-def _warmups(trials: Sequence[Trial], reference: Reference | None) -> Iterator[str]:
+def _warmups(trials: Sequence[Trial], reference: Reference) -> Iterator[str]:
     """As departures, of the arms' schedules."""
     found = sorted({trial.schedule.warmup_epochs for trial in trials})
-    if reference is not None and reference.warmup_epochs is not None and found not in ([], [reference.warmup_epochs]):
-        yield f"schedule.warmup_epochs: {' and '.join(map(str, found))} instead of {reference.warmup_epochs}"
+    if reference.warmup_epochs is not None and found not in ([], [reference.warmup_epochs]):
+        yield f"{WARMUP}: {' and '.join(map(str, found))} instead of {reference.warmup_epochs}"
 
 
 def _of_another_network(loaded: LoadedStudy) -> Iterator[str]:

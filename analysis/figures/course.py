@@ -19,7 +19,8 @@ from harness.config import Trial
 def curves(records: Records, comparison: Comparison) -> pd.DataFrame:
     """A row an evaluation of a reported trial: arm, seed, step, epoch, error, anytime (points), cycle_end.
 
-    `anytime` is the error of the last completed cycle's answer, NaN before one has ended.
+    `anytime` is the error of the last completed cycle's answer, NaN before one has ended. Both are inf where other seeds of
+    the arm were evaluated after this one had diverged: leaving it out would show the course of the survivors.
     """
     ids = [trial_id for arm in comparison.arms for trial_id in arm.trial_ids]
     rows = records.history[records.history.trial_id.isin(ids)]
@@ -28,7 +29,20 @@ def curves(records: Records, comparison: Comparison) -> pd.DataFrame:
     for name, metric in (("error", "val/top1"), ("anytime", "anytime/val_top1")):
         out[name] = 100 * (1 - rows[metric]) if metric in rows else math.nan
     out["cycle_end"] = [step + 1 in ends[trial_id] for trial_id, step in zip(out.trial_id, out.step, strict=True)]
-    return out.dropna(subset=["error", "anytime"], how="all").reset_index(drop=True)
+    out = out.dropna(subset=["error", "anytime"], how="all")
+    return pd.concat([out, *_diverged(out, records, comparison)], ignore_index=True)
+
+
+def _diverged(evaluated: pd.DataFrame, records: Records, comparison: Comparison) -> Iterator[pd.DataFrame]:
+    """The evaluations that the diverged trials did not reach and other seeds of their arms did."""
+    for arm in comparison.arms:
+        rows = evaluated[evaluated.arm == arm.name]
+        for trial_id in arm.trial_ids:
+            seed = records.configs[trial_id].seed
+            if math.isinf(arm.errors.get(seed, math.nan)):
+                last = rows.step[rows.trial_id == trial_id].max()  # NaN if it reached none
+                later = rows[~(rows.step <= last)].drop_duplicates("step")
+                yield later.assign(trial_id=trial_id, seed=seed, error=later.error + math.inf, anytime=later.anytime + math.inf)
 
 
 def reported(records: Records, comparison: Comparison) -> dict[str, Trial]:
@@ -37,42 +51,56 @@ def reported(records: Records, comparison: Comparison) -> dict[str, Trial]:
 
 
 def error_by_epoch(table: pd.DataFrame, comparison: Comparison) -> Figure:
-    """Validation error by epoch: an arm's mean over the seeds of its reported configuration, a band from the lowest to the highest."""
-    drawn = table[np.isfinite(table.error)]
+    """Validation error by epoch: an arm's mean over the seeds of its reported configuration, a band from the lowest to the highest.
+
+    Both end where one of the seeds has diverged.
+    """
+    finite = table[np.isfinite(table.error)]
     with framed(3.6) as (figure, (axes,)):
         for name, look in looks(comparison).items():
-            rows = drawn[drawn.arm == name]
+            rows = table[(table.arm == name) & table.error.notna()]
             if rows.empty:
                 continue
-            band = rows.groupby("epoch").error.agg(["mean", "min", "max", "count"])
+            every = rows.groupby("epoch").error.agg(["mean", "min", "max", "count"])
+            band = every[np.isfinite(every["mean"])]
             axes.fill_between(band.index, band["min"], band["max"], color=look.color, alpha=0.18, linewidth=0)
             axes.plot(band.index, band["mean"], color=look.color, linestyle=look.line)
             axes.plot(band.index, band["mean"], linestyle="none", color=look.color, marker=".", markersize=4)
             ends = band[band.index.isin(rows.epoch[rows.cycle_end])]
             axes.plot(ends.index, ends["mean"], linestyle="none", color=look.color, marker=look.marker, markeredgecolor="white")
-            key(axes, look, f"{name} ({count(band['count'])})")
-        finish(axes, drawn, "error", f"{comparison.workload.name}: error by epoch", "no validation error was recorded")
+            key(axes, look, _label(name, every["count"], rows[np.isinf(rows.error)]))
+        finish(axes, finite, "error", f"{comparison.workload.name}: error by epoch", "no validation error was recorded")
     return figure
 
 
 def anytime(table: pd.DataFrame, comparison: Comparison) -> Figure:
-    """Error of the answer at hand: the last completed cycle's, so a step at every cycle end and nothing before the first."""
-    drawn = table[np.isfinite(table.anytime)]
+    """Error of the answer at hand: the last completed cycle's, so a step at every cycle end and nothing before the first.
+
+    An arm's steps end at the first cycle end that one of its seeds did not reach, having diverged.
+    """
+    finite = table[np.isfinite(table.anytime)]
     with framed(3.6) as (figure, (axes,)):
         for name, look in looks(comparison).items():
-            rows = drawn[drawn.arm == name]
+            rows = table[(table.arm == name) & table.anytime.notna()]
             if rows.empty:
                 continue
-            band = rows[rows.cycle_end].groupby("epoch").anytime.agg(["mean", "min", "max", "count"])
-            until = [*band.index[1:], 1.04 * rows.epoch.max()]  # an answer stays the answer after the end
-            axes.step([*band.index, until[-1]], [*band["mean"], band["mean"].iloc[-1]], where="post", color=look.color, linewidth=0.5)
+            every = rows[rows.cycle_end].groupby("epoch").anytime.agg(["mean", "min", "max", "count"])
+            band = every[np.isfinite(every["mean"])]
+            until = [*every.index[1:], 1.04 * rows.epoch.max()][: len(band)]  # an answer stays the answer after the end
+            axes.step([*band.index, *until[-1:]], [*band["mean"], *band["mean"].iloc[-1:]], where="post", color=look.color, linewidth=0.5)
             for start, end, low, high in zip(band.index, until, band["min"], band["max"], strict=True):
                 axes.fill_between([start, end], low, high, color=look.color, alpha=0.18, linewidth=0)
             axes.hlines(band["mean"], band.index, until, color=look.color, linestyle=look.line, linewidth=1.7)
             axes.plot(band.index, band["mean"], linestyle="none", color=look.color, marker=look.marker, markeredgecolor="white")
-            key(axes, look, f"{name} ({count(band['count'])})")
-        finish(axes, drawn, "anytime", f"{comparison.workload.name}: error of the last completed cycle", "no trial has completed a cycle")
+            key(axes, look, _label(name, every["count"], rows[np.isinf(rows.anytime)]))
+        finish(axes, finite, "anytime", f"{comparison.workload.name}: error of the last completed cycle", "no trial has completed a cycle")
     return figure
+
+
+def _label(name: str, counts: pd.Series, diverged: pd.DataFrame) -> str:
+    """An arm in the legend; `diverged`: its rows without a finite error."""
+    ended = f", {diverged.seed.nunique()} diverged: no mean from there" if len(diverged) else ""
+    return f"{name} ({count(counts)}{ended})"
 
 
 def schedules(trials: Mapping[str, Trial], comparison: Comparison) -> Figure:

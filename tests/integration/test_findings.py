@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,17 @@ def test_points_that_have_no_place_on_a_map_are_counted(tmp_path: Path) -> None:
         assert planned.trial is not None
         synthetic.write_trial(store, planned.trial, final=0.05)
     tracking.deliver(store, loaded.name)
-    found = find(runs.read(loaded.name, store.root))
+    records = runs.read(loaded.name, store.root)
+    found = find(records)
     assert [(m.arm, m.errors.shape) for m in found.maps] == [("AdamW", (3, 2, 2))]
-    assert any(line.startswith("Map of AdamW: 3 configurations with") for line in found.missing)
+    assert found.off_axes == {"AdamW": 3, "undecayed": 3}
+    assert "Maps: 3 configurations of undecayed with a learning rate or a decay of 0 have no place on logarithmic axes." in found.missing
+    rows = records.trials[records.trials.arm == "undecayed"]
+    overrides = [f"arms={json.dumps({'undecayed': arms['undecayed']})}", "analysis.comparisons=null"]
+    found = find(replace(records, study=study.load(store.study("maps") / "study.yaml", overrides), trials=rows))
+    assert found.maps == () and found.off_axes == {"undecayed": 3}
+    assert any("no arm searches a grid over exactly optimizer.lr and decay.weight_decay, above 0" in line for line in found.missing)
+    assert "(sampler grid over optimizer.lr and decay.weight_decay, above 0)" in found.answers[0].text
 
 
 def test_a_report_of_maps_has_the_figure_and_the_table(synthetic_maps: Path) -> None:

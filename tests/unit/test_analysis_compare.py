@@ -37,9 +37,11 @@ def undecided(arm: str) -> dict[str, Any]:
     return trial(arm, "", 0, "pending") | {"trial_id": None, "config": None, "run_id": None}
 
 
-def compared(tmp_path: Path, rows: list[dict[str, Any]], finalists: bool = True, arms: tuple[str, ...] = ("AdamWR", "SGDWR")) -> Comparison:
+def compared(
+    tmp_path: Path, rows: list[dict[str, Any]], finalists: bool = True, arms: tuple[str, ...] = ("AdamWR", "SGDWR"), **more: Any
+) -> Comparison:
     blocks = {arm: STUDY["arms"].get(arm, STUDY["arms"]["AdamWR"] | {"schedule": {"name": "cosine"}}) for arm in arms}
-    document = STUDY | {"arms": blocks, "finalists": STUDY["finalists"] if finalists else None}
+    document = STUDY | {"arms": blocks, "finalists": STUDY["finalists"] if finalists else None} | more
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     table = pd.DataFrame([row if finalists else row | {"phase": "search"} for row in rows])
@@ -130,6 +132,9 @@ def test_a_finalist_that_the_search_left_nameless_is_not_waited_for(tmp_path: Pa
     arm = compared(tmp_path, [*search, *ADAM, undecided("AdamWR"), *SGD]).arms[0]
     assert (arm.pending, arm.missing, arm.unended) == (0, 1, 0)
     assert "1 trials of finalists will never be: too few configurations of the search finished" in arm.notes
+    failed = [*search[:1], trial("AdamWR", "b", 0, "failed") | {"phase": "search"}, search[2]]
+    retried = compared(tmp_path, [*failed, *ADAM, undecided("AdamWR"), *SGD]).arms[0].notes
+    assert any("will never be, unless what failed of the search is run again (submit --retry): too few" in note for note in retried)
     nobody = compared(tmp_path, [*search[1:], undecided("AdamWR"), *SGD]).arms[0]
     assert nobody.notes[0] == "no trial of phase finalists finished"
     running = compared(tmp_path, [*search[1:], trial("AdamWR", "a", 0, "running") | {"phase": "search"}, undecided("AdamWR"), *SGD]).arms[0]
@@ -217,8 +222,8 @@ def test_a_small_difference_keeps_its_sign(value: float, text: str) -> None:
 # ----------------------------------------------------------------------------------------------------- flags
 
 
-def flags(tmp_path: Path, rows: list[dict[str, Any]], finalists: bool = True) -> str:
-    return "\n".join(compared(tmp_path, rows, finalists).flags)
+def flags(tmp_path: Path, rows: list[dict[str, Any]], finalists: bool = True, **more: Any) -> str:
+    return "\n".join(compared(tmp_path, rows, finalists, **more).flags)
 
 
 def test_a_complete_and_equal_study_has_no_flag(tmp_path: Path) -> None:
@@ -257,6 +262,7 @@ def test_two_seeds_against_more_are_told(tmp_path: Path) -> None:
     assert "AdamWR and SGDWR: two seeds against 3: " in flags(tmp_path, [*ADAM[:2], *SGD])
     assert "two seeds" not in flags(tmp_path, [*ADAM, *SGD])
     assert "two seeds" not in flags(tmp_path, [*ADAM[:2], *SGD[:2]])
+    assert "two seeds" not in flags(tmp_path, [*ADAM[:2], *SGD], analysis={"method": "paired"})
 
 
 def test_trials_outside_the_study_count_nowhere_and_are_said(tmp_path: Path) -> None:
@@ -304,8 +310,10 @@ def test_the_published_number_stands_beside_the_lowest_error_here(tmp_path: Path
     assert said is not None and said.startswith(
         f"Published: a top-1 error of 4.00 % (a paper). Here {lowest.name} has {lowest.error.value:.2f} %"
     )
-    assert said.endswith("n = 3, the lowest of 2 arms). The two differ in budget.epochs: 3 instead of 9.")
-    assert "differ in nothing that is stated of both" in str(beside(departures=()))
+    compared_in = "n = 3, the lowest of 2 arms). Of data, network, recipe, budget and warm-up, "
+    left = ". Optimizer, decay, the rest of the schedule and tuning are the arm's own and are not compared."
+    assert said.endswith(f"{compared_in}these are known to differ: budget.epochs: 3 instead of 9{left}")
+    assert str(beside(departures=())).endswith(f"{compared_in}none is known to differ{left}")
     assert beside(top1_error=None) is None
     unmeasured = replace(comparison, arms=tuple(replace(arm, error=replace(arm.error, value=NAN)) for arm in comparison.arms))
     workload = comparison.workload.model_copy(update={"reference": reference})

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import tables
+from analysis import figures, tables
 from analysis.compare import HOLDOUT, VALIDATION, Pair, compare
 from analysis.estimate import beats, tuned_difference
 from analysis.questions import _at_equal_budgets, _percent, answers
@@ -46,7 +46,9 @@ def made(tmp_path: Path, curves: dict[str, list[Curve]], **more: Any) -> Records
                 HOLDOUT: answer, VALIDATION: answer,
             }
         )  # fmt: skip
-        points += [(trial.trial_id, VALIDATION, end - 1, 1 - error / 100) for end, error in zip(ends, curve, strict=False)]
+        for end, error in zip(ends, curve, strict=False):
+            values = {VALIDATION: 1 - error / 100, "val/top1": 1 - error / 100, "epoch": end / schedule.steps_per_epoch(trial)}
+            points += [(trial.trial_id, metric, end - 1, value) for metric, value in values.items()]
         configs[trial.trial_id] = trial
     frame = pd.DataFrame(points, columns=["trial_id", "metric", "step", "value"]).astype({"trial_id": "category", "metric": "category"})
     return Records(loaded, Store(tmp_path), {}, frame, configs, pd.DataFrame(rows))
@@ -65,6 +67,29 @@ def test_a_run_that_diverged_counts_in_the_course_of_training(tmp_path: Path) ->
     assert (caught.target, caught.reached, caught.seeds) == (pytest.approx(4.0), 2, 4)
     assert caught.epochs.value == math.inf  # of the two survivors it is 5
     assert [row[3] for row in tables.anytime_table([adam]).rows] == ["9.12", "diverged", "diverged"]
+
+
+def test_a_line_ends_where_a_seed_has_diverged(tmp_path: Path) -> None:
+    """Beyond, it would be the mean of those that survived."""
+    curves = {
+        "AdamWR": [[9.0, 5.0, 4.0], [9.0, 4.0, 4.2], [9.0], [9.5, 6.0]],
+        "SGDWR": [[9.0, 6.0, 4.0]] * 4,
+        "Third": [[], *[[9, 6, 4.0]] * 3],
+    }
+    records = made(tmp_path, curves)
+    comparison = compare(records)
+    table = figures.curves(records, comparison)
+    for drawn, epochs in ((figures.error_by_epoch, ({1}, {1, 3, 7}, set())), (figures.anytime, ({1, 3}, {1, 3, 7, 1.04 * 7}, set()))):
+        (axes,) = drawn(table, comparison).axes
+        for look, expected in zip(figures.looks(comparison).values(), epochs, strict=True):
+            assert {x for line in axes.lines if line.get_color() == look.color for x in np.asarray(line.get_xdata())} == expected
+        legend = axes.get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()][:3] == [
+            "AdamWR (n = 4 seeds, 2 diverged: no mean from there)",
+            "SGDWR (n = 4 seeds)",
+            "Third (n = 4 seeds, 1 diverged: no mean from there)",
+        ]
 
 
 def test_gaps_are_judged_together_as_the_comparisons_are(tmp_path: Path) -> None:
@@ -100,6 +125,34 @@ def test_a_pair_that_differs_in_schedule_too_is_not_passed_off_as_the_effect_of_
     assert "AdamWR and Adam cannot be compared" in pays.text
     assert "(cosine_restarts and cosine), so this is not the effect of the decay alone." in pays.text
     assert behind.text.count(differ) == 1 and "the effect of the optimizer alone" in behind.text
+
+
+@pytest.mark.parametrize(
+    ("adam", "sgd", "how"),
+    [
+        ({"warmup_epochs": {"uniform": [0, 0.5]}}, {"warmup_epochs": {"uniform": [0, 0.5]}}, None),
+        ({"warmup_epochs": {"uniform": [0, 0.5]}}, {"warmup_epochs": {"uniform": [0, 1]}}, "schedule.warmup_epochs"),
+        ({"warmup_epochs": {"uniform": [0, 0.5]}}, {}, "schedule.warmup_epochs"),
+        ({"warmup_epochs": 0}, {}, None),
+        ({"t_mult": 1, "eta_min": 0.1}, {}, "schedule.t_mult, schedule.eta_min"),
+    ],
+)
+def test_schedules_differ_as_they_are_written_and_not_as_they_are_drawn(
+    tmp_path: Path, adam: dict[str, Any], sgd: dict[str, Any], how: str | None
+) -> None:
+    """The first trials of two arms that search the same schedule have two of its values."""
+    arms = {}
+    for name, changes in (("AdamWR", adam), ("SGDWR", sgd)):
+        arm = STUDY["arms"][name]
+        axes = {f"schedule.{key}": value for key, value in changes.items() if isinstance(value, dict)}
+        held = {key: value for key, value in changes.items() if not isinstance(value, dict)}
+        arms[name] = arm | {"space": arm["space"] | axes, "schedule": arm["schedule"] | held}
+    records = made(tmp_path, dict.fromkeys(arms, [[9.0, 5.0, 4.0]] * 2), arms=arms)
+    found = compare(records)
+    _, behind, _ = answers(records, found, searches(records, found), ())
+    assert "AdamWR" in behind.text
+    told = behind.text.partition("These two differ in their schedules too (")[2].partition(")")[0]
+    assert told == (how or "")
 
 
 def test_what_the_points_do_not_reach_is_not_called_shown() -> None:
