@@ -176,9 +176,8 @@ def _arm(name: str, rows: pd.DataFrame, phase: str, records: Records) -> ArmResu
     missing = ~(failed | diverged | finished)
     in_phase = rows[rows.phase == phase]
     search_states = rows.state[rows.phase == "search"]
-    never = rows.trial_id.isna() & bool(
-        len(search_states) and search_states.isin(ENDED).all()
-    )  # finalists that an ended search has not named
+    search_ended = bool(len(search_states) and search_states.isin(ENDED).all())
+    never = rows.trial_id.isna() & search_ended  # finalists that an ended search has not named
     waits = ~rows.state.isin(ENDED) & ~never
     best, candidates, notes = _best(in_phase[~never[in_phase.index]], phase)
     if never.any():
