@@ -250,10 +250,15 @@ def _rate(once: Callable[[], object]) -> float:
 
 
 def _shards() -> Iterator[Finding]:
+    """A line for all workloads of which the same is to be said."""
+    found: dict[tuple[bool, str], list[str]] = {}
     for path in sorted((CONFIGS / "workload").glob("*.yaml")):
         try:
             data = parse(WorkloadFile, {"name": path.stem, **read_yaml(path)}, path.name).data
             checked(data, None)
-            yield Finding("shards", True, f"{path.stem}: {data.train_samples} train and {data.val_samples} val at {data.path}")
+            told = True, f"{data.train_samples} train and {data.val_samples} val at {data.path}"
         except BadInput as error:
-            yield Finding("shards", False, f"{path.stem}: {str(error).splitlines()[0]}")
+            told = False, str(error).splitlines()[0]
+        found.setdefault(told, []).append(path.stem)
+    for (ok, text), names in found.items():
+        yield Finding("shards", ok, f"{', '.join(names)}: {text}")

@@ -107,7 +107,7 @@ class Request:
 def open_source(kind: str, request: Request) -> Source:
     """BadInput for an unknown KIND, and for a SRC that does not hold what the KIND should."""
     if kind not in KINDS:
-        raise BadInput(f"KIND: {kind!r} is not known; valid: {', '.join(KINDS)}")
+        raise BadInput(f"KIND: {kind!r} is not known; valid: {', '.join(KINDS)}; full ImageNet is ilsvrc2012")
     makes_its_own = kind in ("mnist5k", "fixture")
     if makes_its_own and request.src is not None:
         raise BadInput(f"SRC: {request.src} has no meaning for {kind}, whose images come with wrbench; leave it out")
