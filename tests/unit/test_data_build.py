@@ -250,7 +250,7 @@ def test_what_an_orphan_left_is_no_part_of_a_build(tmp_path, monkeypatch):
 
 def test_what_build_refuses(tmp_path):
     out = tmp_path / "out"
-    assert one_line(build, "ilsvrc", None, out) == f"KIND: 'ilsvrc' is not known; valid: {', '.join(KINDS)}"
+    assert one_line(build, "ilsvrc", None, out) == f"KIND: 'ilsvrc' is not known; valid: {', '.join(KINDS)}; full ImageNet is ilsvrc2012"
     assert "leave it out" in one_line(build, "mnist5k", tmp_path, out)
     assert "SRC: missing; give the folder of folder" in one_line(build, "folder", None, out)
     assert "no such folder" in one_line(build, "folder", tmp_path / "absent", out)
