@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.estimate import Difference, Estimate, Method, difference, difference_over_images, mean, sampling_error
-from analysis.runs import Records
+from analysis.runs import UNDELIVERED, Records
 from harness.config import Arm, BadInput, Choice, LogUniform, Trial, WorkloadFile
 from harness.correct import correct
 from harness.store import ENDED, RETRIED, SEARCHED_BLIND
@@ -30,7 +30,7 @@ HOLDOUT, VALIDATION = "anytime/holdout_top1", "anytime/val_top1"
 FAILED = ("failed", "exhausted", "cancelled")
 """Lost to infrastructure: left out of every estimate, and counted."""
 
-PENDING = ("pending", "queued", "running")
+PENDING = ("pending", "queued", "running", UNDELIVERED)
 """Part of the missing ones: may still come by itself."""
 
 
@@ -294,6 +294,13 @@ def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterat
     yield from _unequal_budgets(table)
     yield from _unequal_spaces(records.study.study.arms)
     yield from _mixed(records)
+    if late := (table.state == UNDELIVERED).sum():
+        yield f"{late} of {len(table)} planned trials have finished, but MLflow lacks their last points: they are pending; wrbench sync"
+    here = table.trial_id.map(
+        lambda trial_id: isinstance(trial_id, str) and records.store.trial(records.study.name, trial_id).path.is_dir()
+    )
+    if here.any() and (elsewhere := (table.run_id.notna() & ~here).sum()):
+        yield f"{elsewhere} of {len(table)} planned trials are no longer in this store: what MLflow has of them counts"
     for arm in arms:
         parts = {"failed": arm.failed, "diverged": arm.diverged, "missing": arm.missing - arm.pending, "pending": arm.pending}
         lost = ", ".join(f"{count} {what}" for what, count in parts.items() if count)

@@ -25,6 +25,9 @@ from harness.study import LoadedStudy, load, planned
 LOGGED_BY_STEP = ("train/", "schedule/", "time/", "data/", "speed/images_per_second")
 """Metrics with a value every few steps; all others stand at evaluations only."""
 
+UNDELIVERED = "undelivered"
+"""of a trial that has finished, and whose last points MLflow lacks"""
+
 BASE = ("trial_id", "arm", "phase", "seed", "state", "planned", "config", "run_id", "attempts", "step", "total_steps", "last_error")
 """The first columns of the table of trials."""
 
@@ -55,7 +58,8 @@ def trials(study: StudyName, store: str | Path = "runs", tracking_uri: str | Non
     Columns: BASE, then the resolved parameters under their dotted keys (optimizer.lr), MLflow's tags as tag.NAME, and the
     metrics under their names at the last cycle the trial completed, NaN where there is none. `config` is the same for all
     seeds of one configuration; `step` counts the steps MLflow knows of; `trial_id` is missing for a finalist that the
-    search has not decided yet. Raises BadInput for a study that is not there, Unreadable when MLflow cannot be read.
+    search has not decided yet. A trial that has finished is `undelivered` until MLflow has all of its points: what it has is an
+    earlier answer. Raises BadInput for a study that is not there, Unreadable when MLflow cannot be read.
     """
     return read(study, store, tracking_uri).trials
 
@@ -187,6 +191,7 @@ class _Standing:
     """holdout/top1 at the last completed cycle of a finished trial"""
     last_error: str | None = None
     attempts: int = 0
+    delivered: bool = True
 
 
 def _standing(run: Run | None, folder: TrialFolder | None, answer: float | None) -> _Standing:
@@ -198,7 +203,8 @@ def _standing(run: Run | None, folder: TrialFolder | None, answer: float | None)
         return _Standing(run.state if run else "pending", None, None, attempts)
     own = folder.state()
     found = own.answer.get("anytime/holdout_top1") if own.state == "finished" else None
-    return _Standing(own.state, found, own.last_error, max(attempts, own.attempts))
+    delivered = own.state != "finished" or (run is not None and run.state == "finished")  # said last, after all points
+    return _Standing(own.state, found, own.last_error, max(attempts, own.attempts), delivered)
 
 
 def _identity(trial_id: str | None, arm: str | None, phase: str | None, seed: int | None, in_plan: bool) -> dict[str, Any]:
@@ -214,8 +220,9 @@ def _left_over(trial_id: str, config: Trial | None, run: Run | None) -> dict[str
 
 
 def _facts(standing: _Standing | None, config: Trial | None, run: Run | None, steps: int) -> dict[str, Any]:
+    state = "pending" if standing is None else standing.state if standing.delivered else UNDELIVERED
     facts: dict[str, Any] = {
-        "state": standing.state if standing else "pending",
+        "state": state,
         "run_id": run.run_id if run else None,
         "attempts": standing.attempts if standing else 0,
         "step": steps,

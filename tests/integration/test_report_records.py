@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from analysis import runs
+from analysis.compare import compare
 from harness import journal, schedule
 from harness.config import BadInput
 from harness.store import Store
@@ -135,7 +136,7 @@ def test_without_mlflow_there_are_rows_and_no_numbers(store: Path) -> None:
     (store / "mlflow.db").unlink()
     table = runs.trials("synthetic", store)
     assert len(table) == 18
-    assert (table.state == "finished").sum() == 14
+    assert (table.state == "undelivered").sum() == 14
     assert table["anytime/val_top1"].isna().all()
     assert runs.history("synthetic", store).empty
 
@@ -225,6 +226,24 @@ def test_what_mlflow_lacks_or_has_otherwise_is_found(store: Path, statement: str
     assert said in says(store, row.trial_id)
     checked = runs.check("synthetic", store)
     assert checked[~checked.agrees.astype(bool)].trial_id.to_list() == [row.trial_id]
+
+
+def test_a_finished_trial_whose_last_points_mlflow_lacks_is_pending_and_no_earlier_answer_passes_for_its_own(store: Path) -> None:
+    row, before = trial_of(store, state="finished", phase="finalists", arm="AdamWR"), compare(runs.read("synthetic", store))
+    sql(store, f"DELETE FROM metrics WHERE run_uuid = '{row.run_id}' AND step > 104")  # as read between two deliveries
+    sql(store, f"UPDATE tags SET value = 'interrupted' WHERE run_uuid = '{row.run_id}' AND key = 'state'")
+    again = runs.trials("synthetic", store).set_index("trial_id").loc[row.trial_id]
+    assert (again.state, again.step) == ("undelivered", 105)
+    found = compare(runs.read("synthetic", store))
+    assert row.seed in before.arm("AdamWR").errors and row.seed not in found.arm("AdamWR").errors
+    assert found.arm("AdamWR").pending == before.arm("AdamWR").pending + 1
+    assert any("have finished, but MLflow lacks" in flag for flag in found.flags)
+
+
+def test_trials_that_somebody_deleted_from_the_store_are_told(store: Path) -> None:
+    shutil.rmtree(Store(store).trial("synthetic", trial_of(store, state="finished", arm="SGDWR").trial_id).path)
+    flags = compare(runs.read("synthetic", store)).flags
+    assert any(flag.startswith("1 of ") and "no longer in this store" in flag for flag in flags)
 
 
 def test_points_after_the_last_checkpoint_are_not_missed(synthetic_store: Path) -> None:
