@@ -100,7 +100,10 @@ class Work:
         self, loaded: LoadedStudy, store: Store, cluster: Slurm, phase: str | None, retry: bool, ours: bool = False, chain: bool = False
     ) -> None:
         self.standings: Standings = standings(store, loaded.name, ours)
-        self.plan: list[Planned] = [p for p in planned(loaded, self.standings.results()) if phase in (None, p.phase)]
+        results = self.standings.results()
+        if retry and phase != "finalists":  # those of a search of which a trial runs again are not decided
+            results = {i: result for i, result in results.items() if self.standings.trials[i].state not in RETRIED}
+        self.plan: list[Planned] = [p for p in planned(loaded, results) if phase in (None, p.phase)]
         self.missing: list[Trial] = []
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -191,6 +194,10 @@ def _submit(
             return 1, False, True
         adopt(work.standings, store, loaded.name)
         _release(work.standings)
+        for trial in (p.trial for p in work.plan if p.trial is not None):  # somebody may have deleted what waits
+            s, folder = work.standings.trials.get(trial.trial_id), store.trial(loaded.name, trial.trial_id)
+            if s is not None and s.live and not folder.config.is_file():
+                folder.write_config(trial)
         if work.left and prune:
             work.notes += stop(store, loaded.name, work.left)
         elif work.left:
@@ -445,11 +452,25 @@ def stop(store: Store, study: str, trial_ids: Sequence[str]) -> list[str]:
     if running:
         of_signal: dict[str, list[str]] = {}
         for job_id, s in running.items():
+            if s.task is not None and s.task.suspended and (refusal := _not_resumed(job_id)):
+                lost = "killed, without what it did since its last checkpoint" if job_id not in shared else "goes on with its other trials"
+                said.append(f"{job_id}: suspended, and may not be resumed ({refusal}): {lost}")
+                slurm.cancel([job_id] if job_id not in shared else [])
+                continue
             of_signal.setdefault(Submission.read(_submission(store, study, s)).cluster.signal, []).append(job_id)
         for name, job_ids in of_signal.items():
             slurm.cancel(job_ids, name)
         _wait_until_gone(job_name(study), [job_id for job_id in running if job_id not in shared])
     return said
+
+
+def _not_resumed(job_id: str) -> str | None:
+    """SLURM's refusal; None where the job runs again, and can save itself."""
+    try:
+        slurm.resume(job_id)
+    except slurm.SlurmError as refusal:
+        return str(refusal)
+    return None
 
 
 def _submission(store: Store, study: str, standing: Standing) -> Path:

@@ -67,7 +67,12 @@ class Task:
 
     @property
     def waits(self) -> bool:
-        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+
+    @property
+    def suspended(self) -> bool:
+        """Hears no signal but KILL."""
+        return self.state == "SUSPENDED"
 
     @property
     def held(self) -> bool:
@@ -132,6 +137,11 @@ def _excluded(job: Mapping[str, str], nodes: str) -> str:
 
 def release(job_ids: Sequence[str]) -> None:
     run("scontrol", "release", *job_ids)
+
+
+def resume(job_id: str) -> None:
+    """A suspended job goes on, where this user may do that. Raises SlurmError."""
+    run("scontrol", "resume", job_id)
 
 
 def cancel(job_ids: Sequence[str], signal: str | None = None) -> None:

@@ -123,7 +123,7 @@ def _row(trial: Trial, folder: TrialFolder, s: Standing) -> Row:
         gpu_hours_lost=lost,
         nodes=lives[-1].started["nodes"] if lives else None,
         avoids=entry.avoids,
-        reason=_reason(task) if task is not None and task.waits else None,
+        reason=_reason(task) if task is not None and (task.waits or task.suspended) else None,
         code=entry.code,
         logs=tuple(map(str, newest_logs(folder))),
     )
@@ -146,7 +146,9 @@ def _returned(life: Life) -> bool:
 
 
 def _reason(task: slurm.Task) -> str:
-    return f"{task.reason}: held; scontrol release {task.job_id}" if task.held else task.reason
+    if task.held:
+        return f"{task.reason}: held; scontrol release {task.job_id}"
+    return "suspended" if task.suspended else task.reason
 
 
 def _unsaved(lines: Sequence[Mapping[str, Any]]) -> str | None:
@@ -257,8 +259,8 @@ def _screen(out: Console, loaded: LoadedStudy, store: Store, found: list[Row], n
     if ends := [r.expected_finish for r in found if r.expected_finish]:
         below.append(f"the running ones are expected to end by {max(ends).replace('T', ' ')}")
     below += [f"{r.trial_id} {r.arm} seed {r.seed} waits: {r.reason}" for r in found if r.reason and "held" in r.reason]
-    reasons = Counter(r.reason for r in found if r.reason and "held" not in r.reason)
-    below += [f"{n} queued: {reason}" for reason, n in reasons.most_common()]
+    reasons = Counter((r.state, r.reason) for r in found if r.reason and "held" not in r.reason)
+    below += [f"{n} {state}: {reason}" for (state, reason), n in reasons.most_common()]
     avoided = [(nodes, why) for r in found for nodes, why in r.avoids.items()]
     for nodes, trials in Counter(nodes for nodes, _ in avoided).items():
         why = next(why for other, why in reversed(avoided) if other == nodes)

@@ -17,6 +17,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 from harness import deliverer, schedule, tracking
@@ -302,10 +303,14 @@ def detach(loaded: LoadedStudy, store: Store, cluster: Local, arguments: Sequenc
 
 def dry_run(loaded: LoadedStudy, store: Store, phase: str | None, retry: bool) -> list[str]:
     """What `submit` would do, a line each."""
-    lines = []
-    for r in rows(loaded, store):
+    lines, found = [], rows(loaded, store)
+    again = retry and phase != "finalists"
+    open_again = {r.arm for r in found if again and r.phase == "search" and r.state in RETRIED}
+    for r in found:
         if phase not in (None, r.phase):
             continue
+        if r.phase == "finalists" and r.arm in open_again:
+            r = replace(r, trial_id=None, state="pending", step=0)
         name = f"{r.arm} seed {r.seed} {r.trial_id or '(decided by the search)'}"
         if r.state in (*ENDED_WELL, "running", "queued") or (r.state in RETRIED and not retry):
             lines.append(f"skip    {name}: {r.state}")

@@ -99,6 +99,9 @@ class Supervisor:
         given_up = 0
         for trial_id in self.given.tasks[self.index]:
             folder = self.store.trial(self.given.study, trial_id)
+            if not folder.config.is_file():
+                _say(f"{trial_id}: its folder was deleted while it waited; submit the study again")
+                continue
             trial = folder.read_config()
             with ExitStack() as delivering:
                 if tracking.is_server(tracking.tracking_uri(self.store)) and not self._over(trial_id, folder):

@@ -14,8 +14,8 @@ import pytest
 from harness import provenance
 from harness.config import BadInput, Slurm
 from harness.store import Store
-from harness.study import LoadedStudy
-from launch import array, slurm, snapshot
+from harness.study import LoadedStudy, load
+from launch import array, slurm, snapshot, submit
 from launch.ledger import Ledger, Life
 from launch.status import _unsaved, hours
 from tests.synthetic import STUDY, write_study
@@ -163,3 +163,18 @@ def test_an_option_that_cannot_be_checked_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sbatch.slurm, "run", run)
     with pytest.raises(BadInput, match=r"^sbatch.exclude: cannot be checked, since sbatch does not run here: .* configuration source$"):
         sbatch.check(Slurm(executor="slurm", gpus_per_node=8, time_minutes=10, sbatch={"exclude": "n1"}))
+
+
+def test_a_retried_search_leaves_its_arms_finalists_open(synthetic_store: Path) -> None:
+    """They would be those of the survivors, and trained for nothing where the retried point wins."""
+    store = Store(synthetic_store)
+    synthetic, cluster = load(store.study("synthetic") / "study.yaml"), Slurm(executor="slurm", time_minutes=60)
+
+    def missing(phase: str | None, retry: bool) -> list[tuple[str, str]]:
+        return [(t.arm, t.phase) for t in array.Work(synthetic, store, cluster, phase, retry).missing]
+
+    assert missing(None, False) == [("AdamWR", "finalists")] * 2
+    assert missing(None, True) == [("AdamWR", "search")]
+    assert missing("finalists", True) == [("AdamWR", "finalists")] * 2
+    lines = submit.dry_run(synthetic, store, None, True)
+    assert sum(line.startswith("later   AdamWR seed 100") for line in lines) == 5
