@@ -77,10 +77,10 @@ def main() -> None:
         of, what = one.split("=")
         if of in ("*", arm):
             kind, at = what.split("@")
-        if kind == "deaf":
-            _deafen(int(at))
-        else:
-            _build_in(kind, int(at))
+            if kind == "deaf":
+                _deafen(int(at))
+            else:
+                _build_in(kind, int(at))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -120,6 +121,14 @@ def until(condition: Callable[[], Any], seconds: float = SECONDS, every: float =
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain"
         time.sleep(every)
+
+
+def refuse(folder: Path, program: str, what: str, error: str) -> None:
+    """A SLURM command in this folder that does all but one thing."""
+    folder.mkdir(exist_ok=True)
+    no = f'if [ "$1" = {what} ]; then echo "{error}" >&2; exit 1; fi'
+    (folder / program).write_text(f'#!/bin/bash\n{no}\nexec {shutil.which(program)} "$@"\n')
+    (folder / program).chmod(0o755)
 
 
 def steps(folder: TrialFolder) -> int:

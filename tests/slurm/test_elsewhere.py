@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 from harness.study import load
 from launch import slurm, status
 from tests.slurm.cluster import Cluster
-from tests.slurm.study import SGDW, Study, until
+from tests.slurm.study import SGDW, Study, refuse, until
 
 pytestmark = pytest.mark.xdist_group("beside")
 
@@ -40,14 +39,6 @@ def python(folder: Path, when: str, error: str) -> dict[str, str]:
     path.write_text(f'#!/bin/bash\nif {when}; then {fails}; fi\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
     return {"python": str(path)}
-
-
-def refuse(folder: Path, program: str, what: str, error: str) -> None:
-    """A SLURM command in this folder that does all but one thing."""
-    folder.mkdir(exist_ok=True)
-    no = f'if [ "$1" = {what} ]; then echo "{error}" >&2; exit 1; fi'
-    (folder / program).write_text(f'#!/bin/bash\n{no}\nexec {shutil.which(program)} "$@"\n')
-    (folder / program).chmod(0o755)
 
 
 def nodes(study: Study, arm: str = "AdamWR") -> list[str]:

@@ -21,7 +21,7 @@ from harness.study import load
 from launch import slurm, status
 from launch.ledger import Ledger
 from tests.slurm.cluster import Cluster
-from tests.slurm.study import ADAMW, SGDW, Study, steps, until
+from tests.slurm.study import ADAMW, SGDW, Study, refuse, steps, until
 
 pytestmark = pytest.mark.xdist_group("beside")
 
@@ -121,6 +121,48 @@ def test_stopped_ones_save_first_and_are_gone_on_with(tmp_path: Path, mnist5k: P
     assert study.entry(a).lives[-1].ended["kind"] == "terminated"
     assert lines(study, "requeued") == []
     slurm.cancel([job_id], "USR2")  # one that has ended meanwhile is no error
+
+
+def test_a_suspended_trial_runs_and_is_resumed_to_save_itself(tmp_path: Path, mnist5k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = {"ranks": 1, "budget": {"epochs": 24}, "evaluation": {"every_epochs": 10}, "checkpoint": {"every_epochs": 10}}
+    study = Study(tmp_path, mnist5k, ONE, **document)
+    folder = study.folder()
+
+    def suspend(after: int) -> None:
+        until(lambda: folder.is_running() and steps(folder) > after)
+        subprocess.run(["scontrol", "suspend", study.entry(folder).job_id], check=True, timeout=60)
+
+    study.submit()
+    suspend(5)
+    (row,) = status.rows(load(study.file), study.store)
+    assert (row.state, row.reason) == ("running", "suspended")
+    code, out, err = study.run("cancel")
+    assert code == 0 and f"AdamWR seed 0 {folder.path.name}: stopping" in out, out + err
+    record = journal.fold(journal.read(folder.journal))
+    assert record.stopped and not study.in_queue()
+
+    study.submit()
+    suspend(record.committed)
+    refuse(tmp_path / "bin", "scontrol", "resume", "Access/permission denied")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    code, out, err = study.run("cancel")
+    assert code == 0 and "may not be resumed (Access/permission denied): killed, without what it did" in out, out + err
+    until(lambda: not study.in_queue())
+    assert study.trials()[folder.path.name].state == "cancelled"
+
+
+def test_what_waits_survives_that_its_folder_is_deleted(tmp_path: Path, mnist5k: Path) -> None:
+    study = Study(tmp_path, mnist5k, LATER, **TINY)
+    study.submit()
+    folder, job_id = study.folder(), study.entry(study.folder()).job_id
+    shutil.rmtree(folder.path)
+    assert "submitted 0" in study.submit()
+    assert folder.read_config().arm == "AdamWR"
+    shutil.rmtree(folder.path)
+    subprocess.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"], check=True, timeout=60)
+    until(lambda: not study.in_queue())
+    (log,) = study.store.study(study.name).glob("submissions/*/*_log.err")
+    assert f"{folder.path.name}: its folder was deleted while it waited; submit the study again" in log.read_text()
 
 
 def test_waiting_ones_leave_the_queue_and_only_what_is_new_is_submitted(tmp_path: Path, mnist5k: Path) -> None:
