@@ -56,6 +56,8 @@ def render(records: Records, folder: Path, complaints: Sequence[str] = ()) -> tu
     vectors = {name: figures.svg(figure) for name, figure in drawn.items()}
 
     folder.mkdir(parents=True, exist_ok=True)
+    for name in PICTURES - {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}:  # of an older report
+        (folder / name).unlink(missing_ok=True)
     for name, figure in drawn.items():
         (folder / f"{name}.png").write_bytes(figures.png(figure))
         (folder / f"{name}.svg").write_bytes(vectors[name])
@@ -258,7 +260,7 @@ def _latex(found: Findings, tables: Sequence[Table]) -> str:
 # ----------------------------------------------------------------------------------------------------- HTML
 
 CAPTIONS = {
-    "result": "Left: each seed, the mean and its 95 % interval. Right: each difference with its 95 % interval, filled by the "
+    "result": "Above: each seed, the mean and its 95 % interval. Below: each difference with its 95 % interval, filled by the "
     "study's declared method, open by others; the band is the margin of equivalence.",
     "error_by_epoch": "Validation error of the reported configurations by epoch, after every evaluation: mean over seeds, band from the "
     "lowest to the highest seed, as far as none of an arm's seeds had diverged. Large markers: the end of a cycle.",
@@ -272,6 +274,9 @@ CAPTIONS = {
     "generalises better.",
     "schedule": "Multiplier η of the base learning rate and weight decay λ by epoch, as configured; equal schedules coincide.",
 }
+
+PICTURES = {f"{name}.{kind}" for name in CAPTIONS for kind in ("png", "svg")}
+"""names of all pictures that a report may have"""
 
 
 def _page(records: Records, found: Findings, tables: Sequence[Table], vectors: Mapping[str, bytes], complaints: Sequence[str]) -> str:

@@ -408,7 +408,7 @@ def deliver_and_report(loaded: LoadedStudy, store: Store) -> int:
     for line in statuses.shortcomings(loaded, store):
         print(f"warning: {line}", file=sys.stderr)
     try:
-        publish(store, loaded.name)
+        publish(store, loaded.name, reports.PICTURES)
     except DeliveryError as error:
         print(f"warning: the report is not in MLflow: {error}", file=sys.stderr)
     return _complain("\n".join(undelivered), 1) if undelivered else 0

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from analysis import runs
+from analysis.report import PICTURES
 from harness import study, tracking
 from harness.publish import NOTE_LIMIT, publish
 from harness.store import Store
@@ -74,6 +75,18 @@ def test_a_report_is_one_run_that_follows_it(store: Store, tmp_path: Path) -> No
     assert artifacts(uri, again, tmp_path / "two") == FILES | more
     note = again.data.tags["mlflow.note.content"]
     assert len(note) <= NOTE_LIMIT and note.startswith("# two\n\na paragraph") and note.endswith("length\n\n(the rest is in table.md)")
+
+
+def test_a_picture_that_the_report_has_no_more_goes_and_a_users_file_stays(store: Store, tmp_path: Path) -> None:
+    uri, folder = tracking.tracking_uri(store), store.study(NAME) / "report"
+    write(store, {"gap.png": "old", "mine.png": "a user's"})
+    assert publish(store, NAME, PICTURES)
+    tracking._client(uri).log_text(reports(uri)[0].info.run_id, "a user's", "note.txt")
+    (folder / "gap.png").unlink()
+    (folder / "mine.png").unlink()
+    assert publish(store, NAME, PICTURES)
+    (tmp_path / "now").mkdir()
+    assert artifacts(uri, reports(uri)[0], tmp_path / "now") == FILES | {"mine.png": "a user's", "note.txt": "a user's"}
 
 
 def test_nobody_takes_it_for_a_trial(store: Store) -> None:

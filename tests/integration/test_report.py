@@ -304,6 +304,18 @@ def test_a_search_too_small_for_budgets_is_told_how_many_points_it_takes(reporte
     assert "needs a search of 4 points or more in both" in said_by(folder)
 
 
+def test_pictures_of_an_older_report_go_and_a_users_files_stay(reported: Reported, tmp_path: Path) -> None:
+    (tmp_path / "scarce" / "report").mkdir(parents=True)
+    for name in ("gap.png", "gap.svg", "gap.pdf", "mine.png"):
+        (tmp_path / "scarce" / "report" / name).touch()
+    folder = reported({"search": {"points": 1, "seeds": 1}, "finalists": None}, lambda *_: None)
+    assert {p.name for p in folder.iterdir()} & {"gap.png", "gap.svg", "gap.pdf", "mine.png", "result.png"} == {
+        "gap.pdf",
+        "mine.png",
+        "result.png",
+    }
+
+
 def test_the_search_still_runs_and_nothing_is_invented_for_the_finalists(reported: Reported) -> None:
     def write(store: Store, place: int, trial: Trial) -> None:
         if place < 2:
