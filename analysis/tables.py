@@ -274,8 +274,9 @@ def costs_table(costs: Iterable[Cost]) -> Table:
         for one in costs
     )  # fmt: skip
     note = (
-        "Device-hours: wall time x ranks, from the journals in this store. Repeated: steps trained again after an interruption, part of "
-        "training. Rest: start, evaluation, saves."
+        "Device-hours (wall time x ranks) of the trials that the study plans, from the first line of each attempt in its journal to the last. "
+        "What an attempt does before (imports, data, building the engine) is not in them; wrbench study status, under SLURM, counts it. "
+        "Repeated: steps trained again after an interruption, part of training. Rest: evaluation, saves."
     )
     columns = ("Arm", "Phase", "Trials", "Ranks", "Attempts", "Hours", "Training", "Waiting for data", "Repeated", "Rest")
     return Table("cost", "Cost", note, columns, rows, 2)
