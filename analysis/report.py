@@ -16,7 +16,7 @@ from great_tables import GT
 from matplotlib.figure import Figure
 
 from analysis import figures
-from analysis.compare import Comparison, Pair, interval, published, scope, sentence, signed
+from analysis.compare import Comparison, Pair, counted, interval, published, scope, seed_correlation, sentence, signed
 from analysis.findings import Findings, find
 from analysis.runs import Records, StudyName, read
 from analysis.tables import Table, finite, numbers, trials_table
@@ -175,7 +175,7 @@ def verdicts(comparison: Comparison) -> list[str]:
 
 def _beside(pair: Pair) -> str:
     d = pair.difference
-    correlation = f", seed correlation {d.correlation:z.2f}".replace("-", "−") if d.correlation is not None else ""
+    correlation = f", seed correlation {found}" if (found := seed_correlation(d)) else ""
     found = interval(d.interval) if d.interval else "none"
     how = {
         "welch": f"By Welch's method, n = {d.n_a} and {d.n_b} seeds",
@@ -194,7 +194,7 @@ def protocol(records: Records, comparison: Comparison) -> list[str]:
     lines = [
         f"Workload {comparison.workload.name}: {data.name}, trained on {data.trained_samples:,} images, {comparison.workload.model.name}.",
         f"Budget: {trial.budget.epochs:g} epochs at batch {trial.budget.global_batch_size} = {schedule.total_steps(trial)} steps a trial.",
-        f"Search ({study.sampler.name}): configurations {searched}; {len(study.search.seeds)} seed(s) each.",
+        f"Search ({study.sampler.name}): configurations {searched}; {counted(len(study.search.seeds), 'seed')} each.",
     ]
     if study.finalists:
         lines.append(

@@ -374,7 +374,7 @@ def sync(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> 
     loaded = _load(file, overrides)
     Store(store).check_trials(loaded.name)
     sent, undelivered = _deliver(loaded, Store(store))
-    print(f"{loaded.name}: delivered {sent.points} points of {sent.trials} trials")
+    print(f"{loaded.name}: delivered {sent.points} point(s) of {sent.trials} trial(s)")
     return _complain("\n".join(undelivered), 1) if undelivered else 0
 
 
