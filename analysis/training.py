@@ -162,8 +162,8 @@ def costs(records: Records) -> tuple[Cost, ...]:
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
     for trial_id in records.trials.trial_id[records.trials.planned].dropna():
         trial = records.configs[trial_id]
-        lives = _lives(list(journal.glance(records.store.trial(records.study.name, trial_id).journal)))
-        for place, life in enumerate(lives):
+        lines = list(journal.glance(records.store.trial(records.study.name, trial_id).journal))
+        for place, life in enumerate(_lives(lines)):
             rows.setdefault((trial.arm, trial.phase), []).append({"trials": float(place == 0), **life})
     out = []
     for (arm, phase), lives in rows.items():

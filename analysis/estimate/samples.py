@@ -270,10 +270,10 @@ def _difference(
         return _interval(value, se, df, level) if se is not None else None
 
     found = judged(at, value, n, method, terms.margin, terms.family, terms.level, note)
+    found = replace(found, standard_error=se)
     if correlation is None:
-        return replace(found, standard_error=se)
-    of_seeds = {"correlation": correlation.value, "correlation_interval": correlation.interval, "correlation_n": correlation.n}
-    return replace(found, standard_error=se, **of_seeds)
+        return found
+    return replace(found, correlation=correlation.value, correlation_interval=correlation.interval, correlation_n=correlation.n)
 
 
 def judged(
