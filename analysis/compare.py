@@ -182,7 +182,7 @@ def _arm(name: str, rows: pd.DataFrame, phase: str, records: Records) -> ArmResu
     best, candidates, notes = _best(in_phase[~never[in_phase.index]], phase)
     if never.any():
         unless = ", unless what failed of the search is run again (submit --retry)" if search_states.isin(RETRIED).any() else ""
-        notes.append(f"{never.sum()} trials of finalists will never be{unless}: too few configurations of the search finished")
+        notes.append(f"{counted(never.sum(), 'trial')} of finalists will never be{unless}: too few configurations of the search finished")
     chosen = in_phase[in_phase.config == best] if best else in_phase.iloc[:0]
     errors, holdout = errors_by_seed(chosen), errors_by_seed(chosen, HOLDOUT)
     error = mean(errors)
@@ -305,7 +305,7 @@ def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterat
         parts = {"failed": arm.failed, "diverged": arm.diverged, "missing": arm.missing - arm.pending, "pending": arm.pending}
         lost = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
         if lost:
-            yield f"{arm.name}: {arm.planned - arm.finished} of {arm.planned} planned trials have no result ({lost})"
+            yield f"{arm.name}: {arm.planned - arm.finished} of {arm.planned} planned trials without a result ({lost})"
         for note in arm.notes:
             yield f"{arm.name}: {note}"
         if arm.at_edge:
@@ -313,7 +313,7 @@ def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterat
     if records.study.study.finalists is None and records.study.workload.evaluation.val:
         unread = table[(table.state == "finished") & table[VALIDATION].isna()].trial_id
         if blind := sum(records.store.trial(records.study.name, str(i)).is_blind() for i in unread):
-            yield f"{blind} of {len(table)} planned trials were {SEARCHED_BLIND}"
+            yield f"{blind} of {counted(len(table), 'planned trial')} {SEARCHED_BLIND}"
     seeds, analysis = {arm.name: arm.error.n for arm in arms}, records.study.study.analysis
     for a, b in (analysis.comparisons or ()) if analysis.method == "welch" else ():
         few, many = sorted((seeds[a], seeds[b]))
@@ -321,7 +321,7 @@ def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterat
             yield f"{a} and {b}: two seeds against {many}: Welch's test calls equal arms different in up to 11 % of studies, not in 5 %"
     left_over = records.trials[~records.trials.planned]
     if len(left_over):
-        yield f"{len(left_over)} trials in the store are not of the study as it stands now; they count nowhere"
+        yield f"not of the study as it stands now, and counted nowhere: {counted(len(left_over), 'trial')} in the store"
     if family > 1:
         yield f"{family} pairs of arms are judged together: the verdicts go by intervals that are widened for that (Bonferroni)"
 
@@ -378,7 +378,7 @@ def _imagenet(table: pd.DataFrame, workload: WorkloadFile) -> str:
     if not FULL_IMAGENET.fullmatch(workload.data.name):
         return "ImageNet: not measured."
     measured = int(table[VALIDATION].map(math.isfinite).sum())
-    return f"ImageNet: {measured} trials measured." if measured else "ImageNet: not measured."
+    return f"ImageNet: {counted(measured, 'trial')} measured." if measured else "ImageNet: not measured."
 
 
 def sentence(pair: Pair, workload: WorkloadFile) -> str:
@@ -459,5 +459,19 @@ def signed(points: float) -> str:
     return rounded.replace("-", "−")
 
 
+def counted(number: int, what: str) -> str:
+    """1 trial, 2 trials"""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def interval(pair: tuple[float, float]) -> str:
     return f"{signed(pair[0])} to {signed(pair[1])}"
+
+
+def seed_correlation(d: Difference) -> str | None:
+    """0.42 (95 % interval −0.41 to 0.87, n = 8); three seeds carry no interval."""
+    if d.correlation is None:
+        return None
+    low_high = " to ".join(f"{end:z.2f}" for end in d.correlation_interval or ())
+    how = f"95 % interval {low_high}" if low_high else "no interval"
+    return f"{d.correlation:z.2f} ({how}, n = {d.correlation_n})".replace("-", "−")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from analysis import tables
-from analysis.compare import Comparison, compare
+from analysis.compare import Comparison, compare, counted
 from analysis.maps import Map, maps, off_axes
 from analysis.questions import Answer, answers
 from analysis.runs import Records
@@ -73,7 +73,7 @@ def _missing(found: Findings) -> Iterator[str]:
     if not found.maps:
         yield "Heat maps and decoupling index: no arm searches a grid over exactly optimizer.lr and decay.weight_decay, above 0."
     for arm, count in found.off_axes.items():
-        yield f"Maps: {count} configurations of {arm} with a learning rate or a decay of 0 have no place on logarithmic axes."
+        yield f"Maps: logarithmic axes have no place for {counted(count, 'configuration')} of {arm} with a learning rate or a decay of 0."
     if not found.anytime:
         yield "Anytime curves: no reported trial has completed a cycle."
     if not any(gap.difference.interval for gap in found.gaps):

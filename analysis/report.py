@@ -16,7 +16,7 @@ from great_tables import GT
 from matplotlib.figure import Figure
 
 from analysis import figures
-from analysis.compare import Comparison, Pair, interval, published, scope, sentence, signed
+from analysis.compare import Comparison, Pair, counted, interval, published, scope, seed_correlation, sentence, signed
 from analysis.findings import Findings, find
 from analysis.runs import Records, StudyName, read
 from analysis.tables import Table, finite, numbers, trials_table
@@ -56,6 +56,8 @@ def render(records: Records, folder: Path, complaints: Sequence[str] = ()) -> tu
     vectors = {name: figures.svg(figure) for name, figure in drawn.items()}
 
     folder.mkdir(parents=True, exist_ok=True)
+    for name in PICTURES - {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}:  # of an older report
+        (folder / name).unlink(missing_ok=True)
     for name, figure in drawn.items():
         (folder / f"{name}.png").write_bytes(figures.png(figure))
         (folder / f"{name}.svg").write_bytes(vectors[name])
@@ -173,7 +175,7 @@ def verdicts(comparison: Comparison) -> list[str]:
 
 def _beside(pair: Pair) -> str:
     d = pair.difference
-    correlation = f", seed correlation {d.correlation:z.2f}".replace("-", "−") if d.correlation is not None else ""
+    correlation = f", seed correlation {found}" if (found := seed_correlation(d)) else ""
     found = interval(d.interval) if d.interval else "none"
     how = {
         "welch": f"By Welch's method, n = {d.n_a} and {d.n_b} seeds",
@@ -192,7 +194,7 @@ def protocol(records: Records, comparison: Comparison) -> list[str]:
     lines = [
         f"Workload {comparison.workload.name}: {data.name}, trained on {data.trained_samples:,} images, {comparison.workload.model.name}.",
         f"Budget: {trial.budget.epochs:g} epochs at batch {trial.budget.global_batch_size} = {schedule.total_steps(trial)} steps a trial.",
-        f"Search ({study.sampler.name}): configurations {searched}; {len(study.search.seeds)} seed(s) each.",
+        f"Search ({study.sampler.name}): configurations {searched}; {counted(len(study.search.seeds), 'seed')} each.",
     ]
     if study.finalists:
         lines.append(
@@ -258,7 +260,7 @@ def _latex(found: Findings, tables: Sequence[Table]) -> str:
 # ----------------------------------------------------------------------------------------------------- HTML
 
 CAPTIONS = {
-    "result": "Left: each seed, the mean and its 95 % interval. Right: each difference with its 95 % interval, filled by the "
+    "result": "Above: each seed, the mean and its 95 % interval. Below: each difference with its 95 % interval, filled by the "
     "study's declared method, open by others; the band is the margin of equivalence.",
     "error_by_epoch": "Validation error of the reported configurations by epoch, after every evaluation: mean over seeds, band from the "
     "lowest to the highest seed, as far as none of an arm's seeds had diverged. Large markers: the end of a cycle.",
@@ -272,6 +274,9 @@ CAPTIONS = {
     "generalises better.",
     "schedule": "Multiplier η of the base learning rate and weight decay λ by epoch, as configured; equal schedules coincide.",
 }
+
+PICTURES = {f"{name}.{kind}" for name in CAPTIONS for kind in ("png", "svg")}
+"""names of all pictures that a report may have"""
 
 
 def _page(records: Records, found: Findings, tables: Sequence[Table], vectors: Mapping[str, bytes], complaints: Sequence[str]) -> str:

@@ -284,7 +284,7 @@ def _compared(record: journal.Record, run: Run | None, points: Mapping[tuple[str
     ended_otherwise = run is not None and record.end is not None and run.state != state
     says = [
         "no run in MLflow" if run is None else "",
-        _counted(lacking, "not in MLflow") if run is not None else f"{len(final)} points not in MLflow" if final else "",
+        _counted(lacking, "not in MLflow"),
         _counted(differing, "with another value in MLflow"),
         _counted(extra, "in MLflow and not final in the journal"),
         f"{state} in the journal, {run.state} in MLflow" if ended_otherwise and run is not None else "",

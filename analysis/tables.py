@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.compare import ArmResult, Comparison, interval, signed
+from analysis.compare import ArmResult, Comparison, interval, seed_correlation, signed
 from analysis.estimate import Difference, Estimate, Interval
 from analysis.maps import Map
 from analysis.runs import Records
@@ -71,14 +71,15 @@ def pairs_table(comparison: Comparison) -> Table:
             interval(pair.difference.interval) if pair.difference.interval else "none",
             interval(pair.difference.interval90) if pair.difference.interval90 else "none",
             *([interval(pair.difference.simultaneous) if pair.difference.simultaneous else "none"] if together > 1 else []),
-            f"{pair.difference.correlation:z.2f}".replace("-", "−") if pair.difference.correlation is not None else "—",
+            seed_correlation(pair.difference) or "—",
         )
         for pair in comparison.pairs
     )
     margin = max((pair.difference.margin for pair in comparison.pairs), default=0.0)
     note = (
         "Points of error, below zero the first arm is better. better, worse: the 95 % interval excludes 0; equivalent: the 90 % interval "
-        f"lies within ±{margin:g} points (two one-sided tests at 5 %); else undecided. Seed correlation: over the seeds both arms have."
+        f"lies within ±{margin:g} points (two one-sided tests at 5 %); else undecided. Seed correlation: over the n "
+        "seeds that both arms have, Fisher's interval."
     )
     columns = ["Difference", "Method", "Verdict", "n", "Points", "95 % interval", "90 % interval", "Seed correlation"]
     if together > 1:
@@ -274,8 +275,9 @@ def costs_table(costs: Iterable[Cost]) -> Table:
         for one in costs
     )  # fmt: skip
     note = (
-        "Device-hours: wall time x ranks, from the journals in this store. Repeated: steps trained again after an interruption, part of "
-        "training. Rest: start, evaluation, saves."
+        "Device-hours (wall time x ranks) of the trials that the study plans, from an attempt's first line in its journal to its last. "
+        "What an attempt does before (imports, data, building the engine) is not in them; wrbench study status, under SLURM, counts it. "
+        "Repeated: steps trained again after an interruption, part of training. Rest: evaluation, saves."
     )
     columns = ("Arm", "Phase", "Trials", "Ranks", "Attempts", "Hours", "Training", "Waiting for data", "Repeated", "Rest")
     return Table("cost", "Cost", note, columns, rows, 2)

@@ -55,7 +55,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the trials of an arm and phase took, in device-hours (hours of wall time x ranks)."""
+    """What the planned trials of an arm and phase took, in device-hours (hours of wall time x ranks)."""
 
     arm: str
     phase: str
@@ -63,7 +63,7 @@ class Cost:
     """that left a journal here"""
     ranks: int
     hours: float
-    """all of it: from each attempt's start line to its last line"""
+    """from each attempt's start line to its last line: what it does before, no journal tells"""
     training: float
     waiting: float
     """of the training, for data"""
@@ -158,13 +158,13 @@ def gaps(records: Records, comparison: Comparison, points: LossPoints) -> tuple[
 
 
 def costs(records: Records) -> tuple[Cost, ...]:
-    """From the journals of the store; without them (another machine's) there is none."""
+    """Of the trials that the study plans, in its order, from the journals of the store; without them (another machine's) there is none."""
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for folder in records.store.trials(records.study.name):
-        trial = records.configs.get(folder.path.name)
-        found = list(_lives(list(journal.glance(folder.journal)))) if trial is not None else []
-        if trial is not None and found:
-            rows.setdefault((trial.arm, trial.phase), []).extend({"trials": float(i == 0), **life} for i, life in enumerate(found))
+    for trial_id in records.trials.trial_id[records.trials.planned].dropna():
+        trial = records.configs[trial_id]
+        lines = list(journal.glance(records.store.trial(records.study.name, trial_id).journal))
+        for place, life in enumerate(_lives(lines)):
+            rows.setdefault((trial.arm, trial.phase), []).append({"trials": float(place == 0), **life})
     out = []
     for (arm, phase), lives in rows.items():
         total = pd.DataFrame(lives).sum()

@@ -943,7 +943,7 @@ class Finalists(Frozen):
 
 class Sampler(Frozen):
     name: Literal["sobol", "halton", "grid"] = "sobol"
-    seed: Whole = Field(0, ge=0)
+    seed: Whole = Field(0, ge=0, description="with an arm's name it seeds the arm's points: an arm that is renamed draws others")
 
 
 class Analysis(Frozen):

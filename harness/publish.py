@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ NOTE_LIMIT = 8000
 """characters that MLflow takes in a tag"""
 
 
-def publish(store: Store, study: str) -> bool:
+def publish(store: Store, study: str, own: Collection[str] = ()) -> bool:
     """Makes MLflow's report run hold runs/STUDY/report as it is now; whether anything was sent. Raises DeliveryError, one line.
 
-    At every report it is the same run, whose description is the beginning of table.md. The digest of the files, a tag, is written
+    own: the names that a report may give to its pictures. What MLflow has under these, and the folder no more, goes; other files may be a
+    user's. At every report it is the same run, whose description is the beginning of table.md. The digest of the files, a tag, is written
     last: whatever went wrong before is done again by the next call. Nothing is sent before a trial began: MLflow does not know the study.
     """
     if not any(folder.journal.exists() for folder in store.trials(study)):
@@ -35,18 +37,21 @@ def publish(store: Store, study: str) -> bool:
             raise DeliveryError("another process has been sending the report for half a minute")
         to = open_experiment(store, study)
         try:
-            return _sent(to, study, files)
+            return _sent(to, study, files, own)
         except Exception as error:  # MLflow's, requests', of a store of artifacts: whatever it is
             raise DeliveryError(f"MLflow: {one_line(error)}") from None
 
 
-def _sent(to: Experiment, study: str, files: list[Path]) -> bool:
+def _sent(to: Experiment, study: str, files: list[Path], own: Collection[str]) -> bool:
     digest = _digest(files)
     run = _run_of(to, study)
     if run.data.tags.get("sha256") == digest:
         return False
     for path in files:
         to.client.log_artifact(run.info.run_id, str(path))
+    held = {item.path for item in to.client.list_artifacts(run.info.run_id)}
+    for name in (held & set(own)) - {path.name for path in files}:
+        to.client._tracking_client._get_artifact_repo(run.info.run_id).delete_artifacts(name)  # MLflow has no public call for it
     note = next((path.read_text(encoding="utf-8") for path in files if path.name == "table.md"), "")
     to.client.set_tag(run.info.run_id, "mlflow.note.content", _beginning(note))
     to.client.set_tag(run.info.run_id, "reported", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))

@@ -200,11 +200,17 @@ _QUIET = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_DISABLE_TELEMETRY": "true",
 _BOUNDED = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """MLflow prints that of a database's error, as of one that is locked, and raises it too: whoever catches it says it in a line."""
+    return not record.exc_info
+
+
 def _client(uri: str) -> Any:
     """An MlflowClient that neither chatters nor waits for minutes on a server that is down; the environment may say otherwise."""
     for key, value in (_QUIET | _BOUNDED).items():
         os.environ.setdefault(key, value)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line each retry
+    logging.getLogger("mlflow.store.db.utils").addFilter(_without_traceback)
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
@@ -295,7 +301,8 @@ def held_alone(path: Path, until: float) -> Iterator[bool]:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(redacted(str(error) or type(error).__name__).split())[:600]
+    """What the error says, without the statement and its values that SQLAlchemy adds."""
+    return " ".join(redacted(str(error).partition("\n[SQL: ")[0] or type(error).__name__).split())[:600]
 
 
 def open_experiment(store: Store, study: str, uri: str | None = None) -> Experiment:

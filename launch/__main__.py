@@ -43,7 +43,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 app.add_typer(shards, name="shards")
 app.add_typer(bench, name="bench")
 
-File = Annotated[str, typer.Argument(metavar="FILE", help="a study file, or a name in configs/study")]
+File = Annotated[str, typer.Argument(metavar="FILE", help="a study file, or a name in configs/study, else in the store")]
 StoreOption = Annotated[Path, typer.Option("--store", help="folder of all runs")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override by dotted key; repeatable")]
 ClusterOption = Annotated[str, typer.Option("--cluster", metavar="NAME|PATH", help="a name in configs/cluster, or a path")]
@@ -103,8 +103,16 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-def _load(file: str, overrides: Sequence[str] | None) -> LoadedStudy:
-    return studies.load(find("study", file), overrides or ())
+def _load(file: str, overrides: Sequence[str] | None, store: Path = RUNS) -> LoadedStudy:
+    """A study by its file, by a name in configs/study, or by the name under which the store has it as it was last submitted."""
+    stored = store / file / "study.yaml"
+    try:
+        path = find("study", file)
+    except BadInput:
+        if Path(file).name != file or not stored.is_file():
+            raise
+        path = stored
+    return studies.load(path, overrides or ())
 
 
 # ---------------------------------------------------------------------------------------------------- study
@@ -120,7 +128,7 @@ def plan(
     store: StoreOption = RUNS,
 ) -> None:
     """Trials, steps, cycle ends and estimated cost, without starting anything."""
-    loaded, where = _load(file, overrides), read_cluster(cluster)
+    loaded, where = _load(file, overrides, store), read_cluster(cluster)
     if as_json:
         print(json.dumps(plans.as_json(loaded, Store(store), where, schedule), indent=2))
         return
@@ -147,7 +155,7 @@ def submit(
     store: StoreOption = RUNS,
 ) -> int:
     """Run what is missing of a study; trials that are finished or running are left alone."""
-    loaded, where, kept = _load(file, overrides), read_cluster(cluster), Store(store)
+    loaded, where, kept = _load(file, overrides, store), read_cluster(cluster), Store(store)
     if isinstance(where, Slurm):
         if detach:
             raise BadInput(f"--detach: is for this machine; {cluster} is SLURM, and a submission to it returns at once")
@@ -181,7 +189,7 @@ def status(
     store: StoreOption = RUNS,
 ) -> None:
     """Where every trial of a study stands."""
-    loaded, kept = _load(file, overrides), Store(store)
+    loaded, kept = _load(file, overrides, store), Store(store)
     if as_json:
         _deliver_from_here(loaded, kept)
         found = [asdict(row) for row in statuses.rows(loaded, kept)]
@@ -209,7 +217,7 @@ def _deliver_from_here(loaded: LoadedStudy, store: Store) -> None:
 @study.command("cancel")
 def cancel(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> None:
     """Stop a study; running trials save themselves first."""
-    loaded, kept = _load(file, overrides), Store(store)
+    loaded, kept = _load(file, overrides, store), Store(store)
     if not kept.study(loaded.name).is_dir():  # a submission that begins has no trials yet
         kept.check_trials(loaded.name)
     stopped = [*arrays.cancel(loaded, kept), *submissions.cancel(loaded, kept)]
@@ -224,7 +232,7 @@ def logs(
     store: StoreOption = RUNS,
 ) -> None:
     """The ends of the newest logs of a trial, rank by rank."""
-    loaded, kept = _load(file, overrides), Store(store)
+    loaded, kept = _load(file, overrides, store), Store(store)
     print("\n".join(statuses.logs(statuses.find_trial(loaded, kept, trial), Ledger(kept.study(loaded.name)))))
 
 
@@ -371,10 +379,10 @@ def bench_train(
 @app.command("sync")
 def sync(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> int:
     """Deliver to MLflow what is missing there."""
-    loaded = _load(file, overrides)
+    loaded = _load(file, overrides, store)
     Store(store).check_trials(loaded.name)
     sent, undelivered = _deliver(loaded, Store(store))
-    print(f"{loaded.name}: delivered {sent.points} points of {sent.trials} trials")
+    print(f"{loaded.name}: delivered {sent.points} point(s) of {sent.trials} trial(s)")
     return _complain("\n".join(undelivered), 1) if undelivered else 0
 
 
@@ -387,7 +395,7 @@ def _deliver(loaded: LoadedStudy, store: Store) -> tuple[tracking.Delivered, lis
 @app.command("report")
 def report(file: File, overrides: SetOption = None, store: StoreOption = RUNS) -> int:
     """Tables, figures and the comparison of a study."""
-    return deliver_and_report(_load(file, overrides), Store(store))
+    return deliver_and_report(_load(file, overrides, store), Store(store))
 
 
 def deliver_and_report(loaded: LoadedStudy, store: Store) -> int:
@@ -408,7 +416,7 @@ def deliver_and_report(loaded: LoadedStudy, store: Store) -> int:
     for line in statuses.shortcomings(loaded, store):
         print(f"warning: {line}", file=sys.stderr)
     try:
-        publish(store, loaded.name)
+        publish(store, loaded.name, reports.PICTURES)
     except DeliveryError as error:
         print(f"warning: the report is not in MLflow: {error}", file=sys.stderr)
     return _complain("\n".join(undelivered), 1) if undelivered else 0

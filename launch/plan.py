@@ -203,14 +203,16 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
     out.print(table(("trial", "arm", "phase", "seed", "steps", "point"), cells))
     for line in dict.fromkeys(_cycles(p.trial) for p in plan if p.trial):
         out.print(line, soft_wrap=True)
-    lines, seconds = [], 0.0
+    lines, seconds, guessed = [], 0.0, False
     for row in phases(loaded, plan, store, cluster):
         at_once = _at_once(cluster.of_phase(row["phase"]), row["ranks"], row["trials"])
         seconds += math.ceil(row["trials"] / at_once) * steps * (math.nan if row["seconds_per_step"] is None else row["seconds_per_step"])
-        each = f"{row['trials']} trials of {row['ranks']} rank(s), {at_once} at a time"
+        guessed |= row["gpu_hours"] is not None and not row["measured"]
+        each = f"{row['trials']} trial(s) of {row['ranks']} rank(s), {at_once} at a time"
         lines.append(f"{row['phase']}: {each}; GPU-hours of training: {_hours(loaded, row)}")
-    cost = NOT_MEASURED if math.isnan(seconds) else f"{duration(seconds)} of training (start-up and evaluation are not in it)"
-    for line in (f"{loaded.name}: {len(plan)} trials of {steps} steps; estimated cost: {cost}", *lines):
+    unknown = f"{NOT_MEASURED}, GPU-hours by the workload's guess" if guessed else NOT_MEASURED
+    time = unknown if math.isnan(seconds) else f"{duration(seconds)} of training (start-up and evaluation are not in it)"
+    for line in (f"{loaded.name}: {len(plan)} trial(s) of {steps} steps; estimated time: {time}", *lines):
         out.print(line, soft_wrap=True)
     _show_scale(out, loaded, plan, cluster)
     _show_power(out, loaded)
@@ -241,7 +243,7 @@ def _hours(loaded: LoadedStudy, phase: Mapping[str, Any]) -> str:
         return f"{hours:.2f}"
     rate = reference.images_per_second / scaling.pixel_share(first_trial(loaded))
     a_trial = f"{hours / phase['trials']:,.1f} each, " if phase["trials"] > 1 else ""
-    return f"{hours:,.1f}, {a_trial}of an {reference.gpu} at {rate:,.0f} images/s, as the workload guesses; {NOT_MEASURED}"
+    return f"{hours:,.1f}, {a_trial}of an {reference.gpu} at {rate:,.0f} images/s, as the workload guesses"
 
 
 def _show_power(out: Console, loaded: LoadedStudy) -> None:

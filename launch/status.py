@@ -301,7 +301,7 @@ def shortcomings(loaded: LoadedStudy, store: Store) -> list[str]:
     now = standings(store, loaded.name)
     found = rows(loaded, store, now)
     without = sum(r.state not in ENDED_WELL for r in found)
-    lines = [f"{without} of {len(found)} trials have no result yet"] if without else []
+    lines = [f"{without} of {len(found)} trial(s) without a result yet"] if without else []
     return [*_beside_the_plan(loaded, store, found, now), *lines]
 
 

@@ -64,6 +64,10 @@ class Difference:
     margin: float
     correlation: float | None = None
     """of the two arms over their common seeds (Pearson); None below three pairs or without spread"""
+    correlation_interval: Interval | None = None
+    """Fisher's, at `level`; three pairs carry none"""
+    correlation_n: int = 0
+    """common seeds"""
     level: float = LEVEL
     note: str = ""
     family: int = 1
@@ -178,10 +182,10 @@ def difference(
     a, b = series(a), series(b)
     if method == "paired":
         return _paired(a, b, terms)
-    return _welch(a, b, _correlation(*_common(a, b)) if by_seed else None, terms)
+    return _welch(a, b, _correlation(*_common(a, b), terms.level) if by_seed else None, terms)
 
 
-def _welch(a: pd.Series, b: pd.Series, correlation: float | None, terms: _Terms) -> Difference:
+def _welch(a: pd.Series, b: pd.Series, correlation: Estimate | None, terms: _Terms) -> Difference:
     in_a, in_b = mean(a), mean(b)
     smaller = min(in_a.n, in_b.n)
     value = in_a.value - in_b.value
@@ -207,7 +211,7 @@ def _paired(a: pd.Series, b: pd.Series, terms: _Terms) -> Difference:
         worst = mean(a).value - mean(b).value
         return _difference(worst, None, math.nan, (n, n, n), "paired", terms, note=f"{diverged} diverged: no interval")
     pairs = mean(common_a - common_b)
-    correlation = _correlation(common_a, common_b)
+    correlation = _correlation(common_a, common_b, terms.level)
     se, note = (pairs.standard_error, "") if pairs.interval else (None, pairs.note.replace("value", "pair"))
     return _difference(pairs.value, se, pairs.n - 1, (pairs.n, pairs.n, pairs.n), "paired", terms, correlation, note)
 
@@ -259,14 +263,17 @@ def _difference(
     n: tuple[int, int, int],
     method: str,
     terms: _Terms,
-    correlation: float | None = None,
+    correlation: Estimate | None = None,
     note: str = "",
 ) -> Difference:
     def at(level: float) -> Interval | None:
         return _interval(value, se, df, level) if se is not None else None
 
     found = judged(at, value, n, method, terms.margin, terms.family, terms.level, note)
-    return replace(found, standard_error=se, correlation=correlation)
+    found = replace(found, standard_error=se)
+    if correlation is None:
+        return found
+    return replace(found, correlation=correlation.value, correlation_interval=correlation.interval, correlation_n=correlation.n)
 
 
 def judged(
@@ -344,8 +351,14 @@ def _interval(value: float, se: float, df: float, level: float) -> Interval:
     return value - half, value + half
 
 
-def _correlation(a: pd.Series, b: pd.Series) -> float | None:
+def _correlation(a: pd.Series, b: pd.Series, level: float) -> Estimate | None:
+    """Pearson's, with Fisher's interval (atanh of it is about normal): of both as drawn from one bivariate normal distribution."""
     x, y = a.to_numpy(), b.to_numpy()
-    if len(x) < 3 or not (np.isfinite(x).all() and np.isfinite(y).all()) or min(np.ptp(x), np.ptp(y)) < NO_SPREAD:
+    n = len(x)
+    if n < 3 or not (np.isfinite(x).all() and np.isfinite(y).all()) or min(np.ptp(x), np.ptp(y)) < NO_SPREAD:
         return None
-    return float(np.corrcoef(x, y)[0, 1])
+    found = float(np.corrcoef(x, y)[0, 1])
+    if n == 3 or abs(found) >= 1:
+        return Estimate(found, None, None, n, level=level, note="no interval")
+    half = float(special.ndtri(0.5 + level / 2)) / math.sqrt(n - 3)
+    return Estimate(found, None, (math.tanh(math.atanh(found) - half), math.tanh(math.atanh(found) + half)), n, level=level)

@@ -75,7 +75,7 @@ def test_points_that_have_no_place_on_a_map_are_counted(tmp_path: Path) -> None:
     found = find(records)
     assert [(m.arm, m.errors.shape) for m in found.maps] == [("AdamW", (3, 2, 2))]
     assert found.off_axes == {"AdamW": 3, "undecayed": 3}
-    assert "Maps: 3 configurations of undecayed with a learning rate or a decay of 0 have no place on logarithmic axes." in found.missing
+    assert "Maps: logarithmic axes have no place for 3 configurations of undecayed with a learning rate or a decay of 0." in found.missing
     rows = records.trials[records.trials.arm == "undecayed"]
     overrides = [f"arms={json.dumps({'undecayed': arms['undecayed']})}", "analysis.comparisons=null"]
     found = find(replace(records, study=study.load(store.study("maps") / "study.yaml", overrides), trials=rows))
@@ -198,9 +198,14 @@ def test_images_edges_nested_arms_and_costs(tmp_path: Path) -> None:
         assert (f"{arm.name}: best point at the edge of its box" in flags) == bool(arm.at_edge)
 
     costs = {(one.arm, one.phase): one for one in found.costs}
+    assert list(costs) == [(arm, phase) for arm in document["arms"] for phase in ("search", "finalists")]  # as in every other table
     assert (costs["AdamWR", "search"].trials, costs["AdamWR", "finalists"].trials) == (4, 3)
     assert costs["AdamWR", "search"].training == pytest.approx(2 * 4 * 0.05 * 241 / 3600)  # ranks x trials x the clock at its last line
     assert costs["AdamWR", "search"].repeated == 0
+    synthetic.write_study(records.store, document | {"search": {"points": 2, "seeds": 1}, "finalists": None})
+    fewer = find(runs.read(loaded.name, records.store.root))
+    assert [(one.arm, one.phase, one.trials) for one in fewer.costs] == [(arm, "search", 2) for arm in document["arms"]]
+    assert any("counted nowhere" in flag for flag in fewer.comparison.flags)
 
 
 def test_bits_that_are_not_the_answers_make_no_interval(synthetic_store: Path, tmp_path: Path) -> None:

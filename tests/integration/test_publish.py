@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from analysis import runs
+from analysis.report import PICTURES
 from harness import study, tracking
 from harness.publish import NOTE_LIMIT, publish
 from harness.store import Store
+from harness.tracking import DeliveryError
 from launch import __main__ as command
 from launch import status
 from tests import mlflow_server, synthetic
@@ -76,6 +78,31 @@ def test_a_report_is_one_run_that_follows_it(store: Store, tmp_path: Path) -> No
     assert len(note) <= NOTE_LIMIT and note.startswith("# two\n\na paragraph") and note.endswith("length\n\n(the rest is in table.md)")
 
 
+def test_a_picture_that_the_report_has_no_more_goes_and_a_users_file_stays(store: Store, tmp_path: Path) -> None:
+    uri, folder = tracking.tracking_uri(store), store.study(NAME) / "report"
+    write(store, {"gap.png": "old", "mine.png": "a user's"})
+    assert publish(store, NAME, PICTURES)
+    tracking._client(uri).log_text(reports(uri)[0].info.run_id, "a user's", "note.txt")
+    (folder / "gap.png").unlink()
+    (folder / "mine.png").unlink()
+    assert publish(store, NAME, PICTURES)
+    (tmp_path / "now").mkdir()
+    assert artifacts(uri, reports(uri)[0], tmp_path / "now") == FILES | {"mine.png": "a user's", "note.txt": "a user's"}
+
+
+def test_a_database_that_takes_no_write_is_told_in_one_line(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    """As one that is locked, but at once: MLflow waits twenty seconds for a lock, and then prints ninety lines."""
+    assert publish(store, NAME)
+    write(store, {"report.html": "<p>two</p>"})
+    with closing(sqlite3.connect(store.root / "mlflow.db")) as database, database:
+        database.execute("CREATE TRIGGER refused BEFORE UPDATE ON tags BEGIN INSERT INTO nowhere VALUES (1); END")
+    capfd.readouterr()
+    with pytest.raises(DeliveryError) as told:
+        publish(store, NAME)
+    assert str(told.value) == "MLflow: (sqlite3.OperationalError) no such table: main.nowhere"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_nobody_takes_it_for_a_trial(store: Store) -> None:
     tracking.deliver(store, NAME)  # the copy knows of no delivery
     before = runs.trials(NAME, store.root), runs.history(NAME, store.root), runs.check(NAME, store.root)
@@ -119,7 +146,7 @@ def test_a_report_says_what_it_lacks_and_of_nothing_there_is_none(
     code, _, err = wrbench("report", file, "--set", "budget.epochs=3", "--store", str(store.root))
     assert code == 0 and err.splitlines() == [
         "warning: 17 more trial(s) in the store are not in this plan: the file has changed, or other --set were given",
-        "warning: 18 of 18 trials have no result yet",
+        "warning: 18 of 18 trial(s) without a result yet",
     ]
 
 

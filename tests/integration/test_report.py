@@ -150,9 +150,9 @@ def test_the_page_says_what_there_is_to_say(folder: Path) -> None:
         "Paired over the 3 seeds that both have, seed correlation",
         "The sampling error of 1,000 images",
         "ImageNet: not measured.",
-        "AdamWR: 3 of 9 planned trials have no result (1 failed, 1 missing, 1 pending)",
+        "AdamWR: 3 of 9 planned trials without a result (1 failed, 1 missing, 1 pending)",
         "2 of 5 seeds not in the estimate: seed 1003 interrupted, seed 1004 pending",
-        "SGDWR: 1 of 9 planned trials have no result (1 diverged)",
+        "SGDWR: 1 of 9 planned trials without a result (1 diverged)",
         "0123456789ab: MLflow at http://tracking & co was <down>",
         "lost <power> & 50 % of its disks",
         "Selection reads the holdout only (500 images kept out of training)",
@@ -304,6 +304,18 @@ def test_a_search_too_small_for_budgets_is_told_how_many_points_it_takes(reporte
     assert "needs a search of 4 points or more in both" in said_by(folder)
 
 
+def test_pictures_of_an_older_report_go_and_a_users_files_stay(reported: Reported, tmp_path: Path) -> None:
+    (tmp_path / "scarce" / "report").mkdir(parents=True)
+    for name in ("gap.png", "gap.svg", "gap.pdf", "mine.png"):
+        (tmp_path / "scarce" / "report" / name).touch()
+    folder = reported({"search": {"points": 1, "seeds": 1}, "finalists": None}, lambda *_: None)
+    assert {p.name for p in folder.iterdir()} & {"gap.png", "gap.svg", "gap.pdf", "mine.png", "result.png"} == {
+        "gap.pdf",
+        "mine.png",
+        "result.png",
+    }
+
+
 def test_the_search_still_runs_and_nothing_is_invented_for_the_finalists(reported: Reported) -> None:
     def write(store: Store, place: int, trial: Trial) -> None:
         if place < 2:
@@ -320,9 +332,9 @@ def test_a_study_without_finalists_says_that_it_is_optimistic(synthetic_store: P
     folder = report("synthetic", store).parent
     text = said_by(folder)
     assert "AdamWR: chosen and reported on the same runs (no finalists with fresh seeds): optimistic" in text
-    assert "8 trials in the store are not of the study as it stands now" not in text  # 9: one never started
-    assert "9 trials in the store are not of the study as it stands now" in text
-    assert "6 of 8 planned trials were searched without val, since finalists were configured then; keep finalists" in text
+    assert "counted nowhere: 8 trials in the store" not in text  # 9: one never started
+    assert "not of the study as it stands now, and counted nowhere: 9 trials in the store" in text
+    assert "6 of 8 planned trials searched without val, since finalists were configured then; keep finalists" in text
     # its search was run with finalists to follow, so that nobody saw the validation split
     assert summary(folder)["arms"]["SGDWR"]["n"] == 0
     assert "SGDWR: anytime/val_top1 is missing for finished seed 0" in text

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from analysis import estimate
+from analysis.compare import seed_correlation
 from analysis.estimate import difference, expected_best, mean, sampling_error, simulated_tuning, verdict
 
 A = [23.1, 23.4, 22.9, 23.3, 23.0]
@@ -158,7 +159,21 @@ def test_rounding_noise_is_no_spread() -> None:
 def test_correlation_needs_three_pairs_and_spread() -> None:
     assert difference({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.5}, "paired").correlation is None
     assert difference({1: 1.0, 2: 2.0, 3: 3.0}, {1: 1.0, 2: 1.0, 3: 1.0}, "paired").correlation is None
-    assert difference({1: 1.0, 2: 2.0, 3: 3.0}, {1: 3.0, 2: 2.1, 3: 1.0}).correlation == pytest.approx(-1, abs=0.01)
+    three = difference({1: 1.0, 2: 2.0, 3: 3.0}, {1: 3.0, 2: 2.1, 3: 1.0})
+    assert three.correlation == pytest.approx(-1, abs=0.01)
+    assert (three.correlation_interval, three.correlation_n) == (None, 3)
+    assert seed_correlation(three) == "−1.00 (no interval, n = 3)"
+
+
+def test_a_correlation_has_fishers_interval_over_the_common_seeds() -> None:
+    a, b = dict(enumerate(A, start=1000)), dict(enumerate(B, start=1001))
+    reference = stats.pearsonr(A[1:], B).confidence_interval(0.95)
+    for method in ("welch", "paired"):
+        found = difference(a, b, method)
+        assert found.correlation_interval == pytest.approx((reference.low, reference.high), rel=1e-9)
+        assert f"(95 % interval {reference.low:z.2f} to {reference.high:z.2f}, n = 4)".replace("-", "−") in str(seed_correlation(found))
+    line = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
+    assert difference(line, line).correlation_interval is None
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_plan_for_people_says_what_is_known_and_warns(wrbench: Command, store: P
     pending = [line.split() for line in out.splitlines() if "pending" in line]
     assert [line[:5] for line in pending] == [["3", "pending", arm, "finalists", "-"] for arm in ("AdamWR", "SGDWR")]
     assert "not measured yet" in out
-    assert "finalists: 6 trials of 2 rank(s), 1 at a time; GPU-hours of training: not measured yet" in out
+    assert "finalists: 6 trial(s) of 2 rank(s), 1 at a time; GPU-hours of training: not measured yet" in out
     assert "3 seeds an arm, points of error: the smallest difference found with 80% power (two-sided 5%)" in out
     assert ["0.10", "0.31", "0.46", "0.17", "0.24"] in [line.split() for line in out.splitlines()]
     assert "budgets that end a cycle: 3 or 7" in err and "wrbench shards build" in err
@@ -157,7 +157,7 @@ def test_plan_counts_the_gpu_hours_of_each_phase_once_a_step_is_measured(wrbench
     assert code == 0 and row["trials"] == 8
     assert row["gpu_hours"] == pytest.approx(8 * 245 * 0.05 * 2 / 3600, rel=0.05)  # 0.05 s a step, two ranks
     code, out, _ = wrbench("study", "plan", loaded.source, "--store", store.root)
-    assert code == 0 and "search: 8 trials of 2 rank(s), 1 at a time; GPU-hours of training: 0.05" in out
+    assert code == 0 and "search: 8 trial(s) of 2 rank(s), 1 at a time; GPU-hours of training: 0.05" in out
     assert "of training (start-up and evaluation are not in it)" in out
     assert "one seed a configuration: no difference can be told from chance" in out
 
@@ -177,8 +177,8 @@ def test_plan_takes_a_phase_for_what_the_cluster_file_makes_of_it(wrbench: Comma
 
     out, err = plan(3)
     assert "warning: budget.global_batch_size: 100 is not divisible by 6 ranks" in err
-    assert "search: 8 trials of 2 rank(s), 8 at a time; " in out and "finalists: 10 trials of 6 rank(s), 3 at a time; " in out
-    assert "estimated cost: not measured yet" in out, "of the finalists it is not"
+    assert "search: 8 trial(s) of 2 rank(s), 8 at a time; " in out and "finalists: 10 trial(s) of 6 rank(s), 3 at a time; " in out
+    assert "estimated time: not measured yet\n" in out, "of the finalists it is not"
     assert "not divisible" not in plan(2)[1]
     estimates = {t["phase"]: t["estimate_seconds"] for t in json.loads(plan(2, "--json")[0])["trials"]}
     assert estimates["search"] is not None and estimates["finalists"] is None
@@ -216,6 +216,26 @@ def test_status_of_a_study_in_the_store(wrbench: Command, tmp_path: Path) -> Non
     assert (row["trial_id"], row["state"], row["total_steps"], row["attempts"]) == (first.trial_id, "failed", 245, 1)
     code, out, _ = wrbench("study", "status", loaded.source, "--store", store.root)
     assert code == 0 and "1 failed" in out.splitlines()[-1]
+
+
+def test_a_study_goes_by_its_name_in_the_store_unless_configs_has_that_name(wrbench: Command, tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    for name in ("mine", "demo"):
+        write_study(store, STUDY | {"name": name, "search": {"points": 1, "seeds": 1}})
+    arms = {}
+    for name in ("mine", "demo"):
+        code, out, err = wrbench("study", "plan", name, "--json", "--store", store.root)
+        assert code == 0, err
+        arms[name] = [one["phase"] for one in json.loads(out)["trials"]].count("search")
+    assert arms == {"mine": 2, "demo": 8}
+    for asked in (["plan", "mine"], ["plan", str(tmp_path / "runs" / "mine"), "--store", store.root]):
+        code, out, err = wrbench("study", *asked)
+        assert (code, out) == (2, "") and err.startswith("error: study: ") and err.count("\n") == 1
+
+
+def test_a_guess_of_the_workload_is_told_from_what_is_not_known(wrbench: Command, store: Path) -> None:
+    _, out, _ = wrbench("study", "plan", "imagenet_adamwr_vs_sgdwr", "--store", store)
+    assert "estimated time: not measured yet, GPU-hours by the workload's guess\n" in out and out.count("not measured yet") == 1
 
 
 def test_train_refuses_missing_shards_before_it_writes(wrbench: Command, tmp_path: Path, store: Path) -> None:
