@@ -19,7 +19,7 @@ from harness.store import Store
 from harness.study import LoadedStudy, Planned, axis_values, first_trial, planned, warnings
 from launch import power, scaling
 from launch.local import places, visible_gpus
-from launch.standing import standings
+from launch.standing import Standings, standings
 from launch.submit import world_size
 from launch.terminal import duration, table
 
@@ -191,7 +191,8 @@ def plan_warnings(loaded: LoadedStudy, cluster: Cluster) -> list[str]:
 
 def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with_schedule: bool) -> None:
     """Prints the table of trials, the cost and the warnings."""
-    plan = planned(loaded, standings(store, loaded.name).results())
+    now = standings(store, loaded.name)
+    plan = planned(loaded, now.results())
     steps = schedule.total_steps(first_trial(loaded))
     pending = Counter((p.arm, p.phase) for p in plan if p.trial is None)
     cells = []
@@ -212,12 +213,22 @@ def show(out: Console, loaded: LoadedStudy, store: Store, cluster: Cluster, with
         lines.append(f"{row['phase']}: {each}; GPU-hours of training: {_hours(loaded, row)}")
     unknown = f"{NOT_MEASURED}, GPU-hours by the workload's guess" if guessed else NOT_MEASURED
     time = unknown if math.isnan(seconds) else f"{duration(seconds)} of training (start-up and evaluation are not in it)"
-    for line in (f"{loaded.name}: {len(plan)} trial(s) of {steps} steps; estimated time: {time}", *lines):
+    for line in (f"{loaded.name}: {len(plan)} trial(s) of {steps} steps; estimated time: {time}", *lines, *_already(plan, now)):
         out.print(line, soft_wrap=True)
     _show_scale(out, loaded, plan, cluster)
     _show_power(out, loaded)
     if with_schedule:
         _show_schedules(out, plan)
+
+
+def _already(plan: Sequence[Planned], now: Standings) -> Iterator[str]:
+    """What the store has of the study, of which the estimates above know nothing."""
+    ids = {p.trial.trial_id for p in plan if p.trial is not None}
+    states = Counter(s.state for trial_id, s in now.trials.items() if trial_id in ids)
+    if others := len(now.trials.keys() - ids):
+        states["not in this plan: the file has changed, or other --set were given"] = others
+    if states:
+        yield f"of this study the store has {', '.join(f'{count} {state}' for state, count in states.items())}"
 
 
 def _show_scale(out: Console, loaded: LoadedStudy, plan: Sequence[Planned], cluster: Cluster) -> None:

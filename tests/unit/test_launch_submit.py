@@ -13,12 +13,13 @@ import pytest
 
 from harness.config import Backend, BadInput, Local, Trial
 from harness.store import Store, close
-from harness.study import LoadedStudy, planned
+from harness.study import LoadedStudy, load, planned
 from launch import submit
 from launch.ledger import Submitter
 from launch.local import Running, Stop, deaf_to_the_terminal, places, visible_gpus
-from launch.plan import cycle_end_epochs, measured_seconds_per_step
+from launch.plan import _already, cycle_end_epochs, measured_seconds_per_step
 from launch.progress import Lines
+from launch.standing import Standings, standings
 from launch.submit import Submission
 from launch.terminal import console, duration, table
 from tests.synthetic import STUDY, write_study, write_trial
@@ -264,3 +265,13 @@ def test_ranks_that_outlive_one_of_them_are_noticed_after_a_while(tmp_path: Path
             os.kill(int(pid), signal.SIGKILL)
         controller.wait(10)
     assert not running.has_lost_a_rank(2)
+
+
+def test_plan_says_what_the_store_has_already(synthetic_store: Path) -> None:
+    loaded, now = load(synthetic_store / "synthetic" / "study.yaml"), standings(Store(synthetic_store), "synthetic")
+    (line,) = _already(planned(loaded, now.results()), now)
+    said = line.removeprefix("of this study the store has ").split(", ")
+    assert sorted(said) == ["1 diverged", "1 failed", "1 interrupted", "14 finished"]
+    (line,) = _already([], now)
+    assert line.startswith("of this study the store has 17 not in this plan")
+    assert list(_already(planned(loaded, {}), Standings({}))) == []
