@@ -17,8 +17,8 @@ from harness.norm import Norm
 from harness.store import Store
 from harness.train import train
 from tests.integration.ranks import history
-from tests.integration.test_workloads import After
 from tests.photographs import BATCH, GROWING, VAL, a_trial, make
+from tests.trials import Told
 
 SIZES = [size for size in (16, 20, 24, 28, 32, 32, 32) for _ in range(2)]
 """of each of two steps in seven epochs"""
@@ -84,7 +84,7 @@ def test_a_resume_in_between_is_bit_equal(
     assert mixed == [(n, order.mixing(0, n, 0.0, 1.0, size)) for n, size in enumerate(SIZES)]
     seen.clear()
     store = Store(tmp_path / "stopped")
-    assert train(t, store, stop=After(stopped_after))["state"] == "interrupted"
+    assert train(t, store, stop=Told(stopped_after))["state"] == "interrupted"
     result = train(t, store)
     assert [size for training, _, size in seen if training] == SIZES, "no step twice"
     assert result["attempts"] == 2
