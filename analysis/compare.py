@@ -297,7 +297,7 @@ def _flags(records: Records, arms: tuple[ArmResult, ...], family: int) -> Iterat
     if late := (table.state == UNDELIVERED).sum():
         yield f"{late} of {len(table)} planned trials have finished, but MLflow lacks their last points: they are pending; wrbench sync"
     here = table.trial_id.map(
-        lambda trial_id: isinstance(trial_id, str) and records.store.trial(records.study.name, trial_id).path.is_dir()
+        lambda trial_id: isinstance(trial_id, str) and records.store.trial(records.study.name, trial_id).config.is_file()
     )
     if here.any() and (elsewhere := (table.run_id.notna() & ~here).sum()):
         yield f"{elsewhere} of {len(table)} planned trials are no longer in this store: what MLflow has of them counts"

@@ -20,6 +20,7 @@ from harness import journal
 from harness.study import load
 from launch import slurm, status
 from launch.ledger import Ledger
+from tests.faults.kills import PYTHON
 from tests.slurm.cluster import Cluster
 from tests.slurm.study import ADAMW, SGDW, Study, refuse, steps, until
 
@@ -125,7 +126,7 @@ def test_stopped_ones_save_first_and_are_gone_on_with(tmp_path: Path, mnist5k: P
 
 def test_a_suspended_trial_runs_and_is_resumed_to_save_itself(tmp_path: Path, mnist5k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = {"ranks": 1, "budget": {"epochs": 24}, "evaluation": {"every_epochs": 10}, "checkpoint": {"every_epochs": 10}}
-    study = Study(tmp_path, mnist5k, ONE, **document)
+    study = Study(tmp_path, mnist5k, ONE | {"python": f"{PYTHON} *=pace@50"}, **document)
     folder = study.folder()
 
     def suspend(after: int) -> None:
