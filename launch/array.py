@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 120.0
 """seconds to wait for another submitter, who needs a few"""
+TO_RESUME = 3.0
+"""seconds; nodes refuse signals to a job until a moment after the controller says that it has resumed"""
 AFTER_US = 1800.0
 """seconds for which a chain's job tries again"""
 AGAIN = 10.0
@@ -458,6 +460,8 @@ def stop(store: Store, study: str, trial_ids: Sequence[str]) -> list[str]:
                 slurm.cancel([job_id] if job_id not in shared else [])
                 continue
             of_signal.setdefault(Submission.read(_submission(store, study, s)).cluster.signal, []).append(job_id)
+        if any(s.task is not None and s.task.suspended for s in running.values()):
+            time.sleep(TO_RESUME)
         for name, job_ids in of_signal.items():
             slurm.cancel(job_ids, name)
         _wait_until_gone(job_name(study), [job_id for job_id in running if job_id not in shared])
