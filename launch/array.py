@@ -455,9 +455,14 @@ def stop(store: Store, study: str, trial_ids: Sequence[str]) -> list[str]:
         of_signal: dict[str, list[str]] = {}
         for job_id, s in running.items():
             if s.task is not None and s.task.suspended and (refusal := _not_resumed(job_id)):
-                lost = "killed, without what it did since its last checkpoint" if job_id not in shared else "goes on with its other trials"
-                said.append(f"{job_id}: suspended, and may not be resumed ({refusal}): {lost}")
-                slurm.cancel([job_id] if job_id not in shared else [])
+                what = (
+                    "cancel it again once SLURM has resumed it"
+                    if job_id in shared
+                    else "killed, without what it did since its last checkpoint"
+                )
+                said.append(f"{job_id}: suspended, and may not be resumed ({refusal}): {what}")
+                if job_id not in shared:
+                    slurm.cancel([job_id])
                 continue
             of_signal.setdefault(Submission.read(_submission(store, study, s)).cluster.signal, []).append(job_id)
         if any(s.task is not None and s.task.suspended for s in running.values()):

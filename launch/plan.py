@@ -226,7 +226,7 @@ def _already(plan: Sequence[Planned], now: Standings) -> Iterator[str]:
     ids = {p.trial.trial_id for p in plan if p.trial is not None}
     states = Counter(s.state for trial_id, s in now.trials.items() if trial_id in ids)
     if others := len(now.trials.keys() - ids):
-        states["not in this plan: the file has changed, or other --set were given"] = others
+        states["not in this plan"] = others
     if states:
         yield f"of this study the store has {', '.join(f'{count} {state}' for state, count in states.items())}"
 

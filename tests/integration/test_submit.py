@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import pytest
 import yaml
 
 from harness import journal
+from harness.config import Local
 from harness.store import Store, TrialFolder
 from harness.study import load
-from launch import status
+from launch import status, submit
 
 SECONDS = 180.0
 """no wait in these tests should last so long"""
@@ -154,6 +156,32 @@ def test_stopped_and_killed_trials_are_gone_on_with(tmp_path: Path, mnist5k: Pat
     assert "is running already: waiting for it" in out and "submitted 0, running 0, finished 1" in out
     result = json.loads(folder.result.read_text())
     assert (result["state"], result["attempts"], result["step"]) == ("finished", 3, 245)
+
+
+def test_ranks_that_would_wait_for_a_dead_one_are_ended(tmp_path: Path, mnist5k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over NCCL, which notices no death; submitit waits for them too."""
+    monkeypatch.setattr("launch.local.SECONDS_APART", 1.0)
+    study = Study(
+        tmp_path,
+        mnist5k,
+        ranks=2,
+        budget={"epochs": 30},
+        arms={"A": {"optimizer": {"name": "sgd", "lr": 0.05}, "schedule": {"name": "cosine"}}},
+    )
+    folder = study.folder("A")
+
+    def disturb() -> None:
+        wait(lambda: folder.is_running() and folder.state().step > 5)
+        stands, dies = rank_pids(folder, study)
+        os.kill(stands, signal.SIGSTOP)
+        os.kill(dies, signal.SIGKILL)
+
+    with ThreadPoolExecutor() as pool:
+        disturbed = pool.submit(disturb)
+        again = {"phase": None, "retry": False, "again": "", "sync": ""}
+        assert submit.submit(load(study.file), study.store, Local(executor="local"), **again) == 1
+        disturbed.result()
+    assert not folder.is_running() and folder.state().state == "interrupted"
 
 
 def test_detached_and_cancelled(tmp_path: Path, mnist5k: Path) -> None:
